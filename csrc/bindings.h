@@ -30,12 +30,14 @@ struct ParamsType {
   std::vector<Field> fields;
 };
 
-// A function of one params struct: an operator (validates, then runs), or the size of its workspace.
+// A function of one params struct: an operator (validates, then runs) on one device, or the size of its workspace there.
 struct Function {
   std::string name;
   std::string params;  // name of the ParamsType it takes
-  std::function<void(const void*)> run;
-  std::function<int64_t(const void*)> bytes;  // set instead of `run` for a workspace size
+  // One of the three is set.
+  std::function<void(const void*)> run_cpu;
+  std::function<void(const void*, cudaStream_t)> run_cuda;
+  std::function<int64_t(const void*)> bytes;
 };
 
 struct Module {
@@ -118,19 +120,48 @@ class Params {
 // m.<name>(params): validates, then runs the CPU backend. Comes after the Params<P> it takes.
 template <typename P>
 void cpu_entry(Module& m, const char* name, void (*run)(const P&)) {
-  m.functions.push_back({name, m.types.back().name,
-                         [run](const void* p) {
-                           validate(*static_cast<const P*>(p));
-                           run(*static_cast<const P*>(p));
-                         },
-                         nullptr});
+  m.functions.push_back({.name = name,
+                         .params = m.types.back().name,
+                         .run_cpu =
+                             [run](const void* p) {
+                               validate(*static_cast<const P*>(p));
+                               run(*static_cast<const P*>(p));
+                             },
+                         .run_cuda = nullptr,
+                         .bytes = nullptr});
 }
 
-// m.<name>(params): the bytes of workspace that the entry needs.
+// m.<name>(params, stream=0): validates, then runs the CUDA backend on the current device; `stream` is the address of a
+// CUDA stream.
+template <typename P>
+void cuda_entry(Module& m, const char* name, void (*run)(const P&, cudaStream_t)) {
+  m.functions.push_back({.name = name,
+                         .params = m.types.back().name,
+                         .run_cpu = nullptr,
+                         .run_cuda =
+                             [run](const void* p, cudaStream_t stream) {
+                               validate(*static_cast<const P*>(p));
+                               run(*static_cast<const P*>(p), stream);
+                             },
+                         .bytes = nullptr});
+}
+
+// m.<name>(params): the bytes of workspace that an entry needs.
+template <typename P, typename Bytes>
+void workspace_size(Module& m, const char* name, Bytes (*bytes)(const P&)) {
+  m.functions.push_back(
+      {.name = name, .params = m.types.back().name, .run_cpu = nullptr, .run_cuda = nullptr, .bytes = [bytes](const void* p) {
+         return static_cast<int64_t>(bytes(*static_cast<const P*>(p)));
+       }});
+}
+
 template <typename P, typename Bytes>
 void cpu_size(Module& m, const char* name, Bytes (*bytes)(const P&)) {
-  m.functions.push_back({name, m.types.back().name, nullptr,
-                         [bytes](const void* p) { return static_cast<int64_t>(bytes(*static_cast<const P*>(p))); }});
+  workspace_size(m, name, bytes);
+}
+template <typename P, typename Bytes>
+void cuda_size(Module& m, const char* name, Bytes (*bytes)(const P&)) {
+  workspace_size(m, name, bytes);
 }
 
 }  // namespace kimi::bindings

@@ -110,13 +110,22 @@ void define(py::module_& m, const Function& function) {
           return function.bytes(params.data());
         },
         py::arg("params"));
+  } else if (function.run_cuda) {
+    m.def(
+        function.name.c_str(),
+        [&function](const ParamsObject& params, uintptr_t stream) {
+          check_type(function, params);
+          py::gil_scoped_release unlocked;
+          function.run_cuda(params.data(), reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("params"), py::arg("stream") = 0);
   } else {
     m.def(
         function.name.c_str(),
         [&function](const ParamsObject& params) {
           check_type(function, params);
           py::gil_scoped_release unlocked;
-          function.run(params.data());
+          function.run_cpu(params.data());
         },
         py::arg("params"));
   }
@@ -140,7 +149,8 @@ PYBIND11_MODULE(_C, m) {
     facts["version"] = KIMI_VERSION;
     facts["compiler"] = KIMI_COMPILER;
     facts["build_type"] = KIMI_BUILD_TYPE;
-    facts["cuda"] = false;
+    facts["cuda"] = KIMI_CUDA_VERSION;  // of the compiler; empty without CUDA kernels
+    facts["cuda_architectures"] = KIMI_CUDA_ARCHITECTURES;
     return facts;
   });
 

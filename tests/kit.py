@@ -11,8 +11,55 @@ import pytest
 import torch
 from torch import Tensor
 
+import kimi_native  # noqa: F401  (loads torch.ops.kimi_native)
+
 FLOAT_DTYPES = [torch.float32, torch.bfloat16]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# In a build for the emulator (tests/emulator) operators on CPU tensors run the CUDA kernels, so the tests of device "cpu" test those.
+EMULATED = torch.ops.kimi_native.cuda_build() == "emulated"
+
+_needs_gpu = pytest.mark.skipif(EMULATED or not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=_needs_gpu)]
+# Every (device, dtype) that the operators take.
+DEVICE_DTYPES = [("cpu", dtype) for dtype in (CUDA_DTYPES if EMULATED else FLOAT_DTYPES)] + [
+    pytest.param("cuda", dtype, marks=_needs_gpu) for dtype in CUDA_DTYPES
+]
+needs_gpu = _needs_gpu
+needs_cpu_backend = pytest.mark.skipif(EMULATED, reason="the CPU backend's own promise")
+
+
+def cuda_backend(device: str) -> bool:
+    """Whether operators on this device run the CUDA kernels."""
+    return device == "cuda" or EMULATED
+
+
+def skip_if_emulated(reason: str) -> None:
+    """For what takes minutes in the emulator; the same code must be tested by a smaller case."""
+    if EMULATED:
+        pytest.skip(f"emulator: {reason}")
+
+
+def graph_replays(run, outputs: list[Tensor], replays: int = 3) -> None:
+    """Captures `run` in a CUDA graph on a stream of its own, and checks that every replay writes `outputs` as the eager call did.
+
+    `run` must leave its inputs as they are, or restore them itself.
+    """
+    run()
+    torch.cuda.synchronize()
+    eager = [out.clone() for out in outputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(replays):
+        for out in outputs:
+            out.view(torch.uint8).fill_(0xFF) if out.is_contiguous() else out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        for out, expected in zip(outputs, eager, strict=True):
+            assert_same_bits(out, expected, "a replayed output")
+
+
 SENTINEL = 12352.0  # representable in bfloat16
 
 

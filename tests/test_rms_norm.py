@@ -1,6 +1,19 @@
 import pytest
 import torch
-from kit import DEVICES, FLOAT_DTYPES, Guarded, assert_close, assert_same_bits, opcheck, randn, strided, threads
+from kit import (
+    DEVICE_DTYPES,
+    DEVICES,
+    Guarded,
+    assert_close,
+    assert_same_bits,
+    graph_replays,
+    needs_cpu_backend,
+    needs_gpu,
+    opcheck,
+    randn,
+    strided,
+    threads,
+)
 from spec.rms_norm import MAX_R
 from spec.rms_norm import rms_norm as spec
 
@@ -9,8 +22,7 @@ from kimi_native.ops import rms_norm
 SHAPES = [(0, 64), (1, 1), (3, 7), (5, 72), (2, 2304), (33, 512)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_against_spec(shape, dtype, scale, device):
@@ -20,8 +32,7 @@ def test_against_spec(shape, dtype, scale, device):
     assert_close(rms_norm(x, weight), ref, MAX_R[dtype])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_residual_is_added_first_and_stored(shape, dtype, device):
     x, residual = (randn(*shape, dtype=dtype, device=device, seed=s) for s in (1, 2))
@@ -32,17 +43,18 @@ def test_residual_is_added_first_and_stored(shape, dtype, device):
     assert_same_bits(residual, ref_residual, "residual")
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_strides_in_place_and_nothing_outside(dtype):
-    x, weight = randn(6, 72, dtype=dtype), randn(72, dtype=dtype, seed=1)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_strides_in_place_and_nothing_outside(device, dtype):
+    x, weight = randn(6, 72, dtype=dtype, device=device), randn(72, dtype=dtype, device=device, seed=1)
     plain = rms_norm(x, weight)
-    guarded = Guarded(6, 72, dtype=dtype)
+    guarded = Guarded(6, 72, dtype=dtype, device=device)
     rms_norm(strided(x), weight, out=guarded.tensor)
     guarded.check()
     assert_same_bits(guarded.tensor, plain)
     assert_same_bits(rms_norm(x, weight, out=x), plain)
 
 
+@needs_cpu_backend
 def test_rows_are_independent_of_neighbours_and_threads():
     x, weight = randn(700, 200), randn(200, seed=1)
     with threads(1):
@@ -52,8 +64,40 @@ def test_rows_are_independent_of_neighbours_and_threads():
         assert_same_bits(rms_norm(x[13:14], weight), one[13:14])
 
 
-def test_opcheck():
-    x, weight, residual = randn(4, 32), randn(32, seed=1), randn(4, 32, seed=2)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_rows_are_independent_of_neighbours(device, dtype):
+    x, weight = randn(37, 2304, dtype=dtype, device=device), randn(2304, dtype=dtype, device=device, seed=1)
+    whole = rms_norm(x, weight)
+    assert_same_bits(rms_norm(x, weight), whole)
+    assert_same_bits(rms_norm(x[13:14], weight), whole[13:14])
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_memory_that_is_not_aligned(device, dtype):
+    x, weight = randn(3 * 72 + 1, dtype=dtype, device=device)[1:].view(3, 72), randn(72, dtype=dtype, device=device, seed=1)
+    ref, _ = spec(x, weight, 1e-5)
+    assert_close(rms_norm(x, weight), ref, MAX_R[dtype])
+
+
+@needs_gpu
+def test_graph_replay():
+    x, weight = randn(5, 2304, dtype=torch.bfloat16, device="cuda"), randn(2304, dtype=torch.bfloat16, device="cuda", seed=1)
+    out = torch.empty_like(x)
+    graph_replays(lambda: rms_norm(x, weight, out=out), [out])
+
+
+@needs_gpu
+def test_tensors_past_2_to_the_31_elements():
+    x = torch.zeros(2**31 // 2048 + 3, 2048, dtype=torch.bfloat16, device="cuda")
+    x[-2:] = randn(2, 2048, dtype=torch.bfloat16, device="cuda")
+    weight = randn(2048, dtype=torch.bfloat16, device="cuda", seed=1)
+    rms_norm(x, weight, out=(out := torch.empty_like(x)))
+    assert_same_bits(out[-2:], rms_norm(x[-2:].clone(), weight))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    x, weight, residual = (randn(*shape, device=device, seed=i) for i, shape in enumerate([(4, 32), (32,), (4, 32)]))
     opcheck(torch.ops.kimi_native.rms_norm, (x, weight, residual, 1e-5, torch.empty_like(x)))
 
 

@@ -19,6 +19,9 @@ static const Register rms_norm([](Module& m) {
       .value("eps", &P::eps)
       .value("dtype", &P::dtype);
   cpu_entry<P>(m, "rms_norm_cpu", &cpu::rms_norm);
+#ifdef KIMI_CUDA
+  cuda_entry<P>(m, "rms_norm_cuda", &cuda::rms_norm);
+#endif
 });
 
 }  // namespace kimi::bindings

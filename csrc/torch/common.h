@@ -3,6 +3,7 @@
 // by its `validate`.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,8 +12,19 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "kimi/common.h"
+
+// In torch's CUDA library only: weak, so that one binary loads in a CPU-only torch too, where nobody calls it.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+// The two backends of an operator, as arguments of `run` and `workspace_bytes`.
+#ifdef KIMI_CUDA
+#define KIMI_BACKENDS(name) &::kimi::cpu::name, &::kimi::cuda::name
+#else
+#define KIMI_BACKENDS(name) &::kimi::cpu::name, nullptr
+#endif
 
 namespace kimi::torch_glue {
 
@@ -114,6 +126,46 @@ T* mutable_pointer(const Tensor& t) {
 template <typename T = void>
 T* mutable_pointer(const OptionalTensor& t) {
   return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+}
+
+// Whether a tensor's operators run on the CUDA backend. Those of a build for the emulator (tests/emulator) always do.
+inline bool on_cuda(const Tensor& t) {
+#ifdef KIMI_CUDA_EMULATED
+  (void)t;
+  return true;
+#else
+  return !t.is_cpu();
+#endif
+}
+
+// Runs the backend of the device that `t` is on; on a GPU, on torch's current stream of that device.
+template <typename Params>
+void run(const Tensor& t, const Params& p, void (*cpu)(const std::type_identity_t<Params>&),
+         void (*cuda)(const std::type_identity_t<Params>&, cudaStream_t)) {
+  if (!on_cuda(t)) return cpu(p);
+  KIMI_CHECK(cuda != nullptr, "this build of kimi_native has no CUDA kernels; build it where nvcc is");
+#ifdef KIMI_CUDA_EMULATED
+  cuda(p, nullptr);
+#else
+  KIMI_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  const torch::stable::accelerator::DeviceGuard on_device(t.get_device_index());
+  void* stream = nullptr;
+  KIMI_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0, "torch gave no CUDA stream");
+  cuda(p, static_cast<cudaStream_t>(stream));
+#endif
+}
+
+// Bytes of workspace that the backend of `t`'s device needs.
+template <typename Params>
+size_t workspace_bytes(const Tensor& t, const Params& p, size_t (*cpu)(const std::type_identity_t<Params>&),
+                       size_t (*cuda)(const std::type_identity_t<Params>&)) {
+  if (!on_cuda(t) || cuda == nullptr) return cpu(p);
+#ifdef KIMI_CUDA_EMULATED
+  return cuda(p);
+#else
+  const torch::stable::accelerator::DeviceGuard on_device(t.get_device_index());
+  return cuda(p);
+#endif
 }
 
 }  // namespace kimi::torch_glue

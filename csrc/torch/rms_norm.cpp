@@ -37,9 +37,8 @@ RmsNormParams rms_norm_params(const Tensor& x, const Tensor& weight, const Optio
   return p;
 }
 
-void rms_norm_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& residual, double eps,
-                  const Tensor& out) {
-  cpu::rms_norm(rms_norm_params(x, weight, residual, eps, out));
+void rms_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& residual, double eps, const Tensor& out) {
+  run(x, rms_norm_params(x, weight, residual, eps, out), KIMI_BACKENDS(rms_norm));
 }
 
 }  // namespace
@@ -50,5 +49,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&kimi::torch_glue::rms_norm_cpu));
+  m.impl("rms_norm", TORCH_BOX(&kimi::torch_glue::rms_norm));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("rms_norm", TORCH_BOX(&kimi::torch_glue::rms_norm));
 }

@@ -10,6 +10,9 @@
 #include <stdexcept>
 #include <string>
 
+// As cuda_runtime.h declares it: the CUDA entries take a stream, their callers need no CUDA header.
+typedef struct CUstream_st* cudaStream_t;
+
 namespace kimi {
 
 enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };

@@ -31,4 +31,8 @@ namespace cpu {
 void rms_norm(const RmsNormParams& p);
 }
 
+namespace cuda {
+void rms_norm(const RmsNormParams& p, cudaStream_t stream);
+}
+
 }  // namespace kimi

@@ -17,7 +17,7 @@ def rms_norm(
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension; with ``residual``, of ``residual + x``.
 
     Args:
-        x: ``[..., dim]``, float32 or bfloat16, contiguous in the last dimension.
+        x: ``[..., dim]``, float32, bfloat16 or (on a GPU) float16, contiguous in the last dimension.
         weight: ``[dim]``, the dtype of ``x``.
         eps: added to the mean square; dimensionless.
         residual: shape and dtype of ``x``. Updated in place to ``residual + x`` (rounded to its dtype), which is what is

@@ -1,0 +1,31 @@
+#include "cuda/common/launch.h"
+
+#include <cstdlib>
+#include <string_view>
+
+namespace kimi::cuda {
+
+static int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  KIMI_CUDA_CHECK(cudaGetDevice(&device));
+  KIMI_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+int multiprocessors() {
+  return attribute(cudaDevAttrMultiProcessorCount);
+}
+
+int compute_capability() {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+bool use_sm90() {
+  static const bool forced_portable = [] {
+    const char* path = std::getenv("KIMI_CUDA_PATH");
+    return path != nullptr && std::string_view(path) == "portable";
+  }();
+  return !forced_portable && compute_capability() == 90;
+}
+
+}  // namespace kimi::cuda

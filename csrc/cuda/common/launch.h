@@ -1,0 +1,72 @@
+// Launching kernels, and what the host must know of the device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "cuda/common/shared_memory.h"
+#include "cuda/common/types.h"
+#include "kimi/common.h"
+
+// KIMI_CUDA_CHECK(call): throws kimi::Error with the text of the CUDA error.
+#define KIMI_CUDA_CHECK(call)                                                                                \
+  do {                                                                                                       \
+    const cudaError_t kimi_status = (call);                                                                  \
+    if (kimi_status != cudaSuccess) [[unlikely]]                                                             \
+      ::kimi::raise(__FILE_NAME__, __LINE__, #call " == cudaSuccess", "CUDA: ", cudaGetErrorString(kimi_status)); \
+  } while (0)
+
+namespace kimi::cuda {
+
+// Of the current device.
+int multiprocessors();
+int compute_capability();  // 90 for 9.0
+
+// Whether the Hopper kernels may run: the device is of compute capability 9.0, and the environment variable
+// KIMI_CUDA_PATH (read once) is not "portable".
+bool use_sm90();
+
+// kernel<<<grid, block, shared_bytes, stream>>>(args...), with as much dynamic shared memory as the device can give. An
+// empty grid launches nothing.
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > 48 * 1024) {
+    KIMI_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  KIMI_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...));
+}
+
+// Fills memory on the stream, as memset does.
+inline void memset_async(void* to, int value, size_t bytes, cudaStream_t stream) {
+  if (bytes > 0) KIMI_CUDA_CHECK(cudaMemsetAsync(to, value, bytes, stream));
+}
+
+// run.template operator()<T>() for the element type T of `dtype`: float, Bf16 or Fp16.
+template <typename Run>
+decltype(auto) dispatch_dtype(DType dtype, Run&& run) {
+  switch (dtype) {
+    case DType::kF32:
+      return run.template operator()<float>();
+    case DType::kBF16:
+      return run.template operator()<Bf16>();
+    default:
+      return run.template operator()<Fp16>();
+  }
+}
+
+// The same for the 16-bit types; `dtype` is one of them.
+template <typename Run>
+decltype(auto) dispatch_half(DType dtype, Run&& run) {
+  return dtype == DType::kBF16 ? run.template operator()<Bf16>() : run.template operator()<Fp16>();
+}
+
+}  // namespace kimi::cuda

@@ -1,0 +1,52 @@
+// The emulator's form of csrc/cuda/common/launch.h.
+#pragma once
+
+#include <utility>
+
+#include "cuda/common/shared_memory.h"
+#include "cuda/common/types.h"
+#include "emulator.h"
+#include "kimi/common.h"
+
+namespace kimi::cuda {
+
+inline int multiprocessors() {
+  return 3;
+}
+inline int compute_capability() {
+  return 80;
+}
+inline bool use_sm90() {
+  return false;
+}
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args&&... args) {
+  KIMI_CHECK(grid.y < 65536 && grid.z < 65536 && grid.x < (1u << 31), "grid too large");
+  KIMI_CHECK(block.x * block.y * block.z <= 1024 && block.x > 0, "block of ", block.x * block.y * block.z, " threads");
+  KIMI_CHECK(shared_bytes <= 227 * 1024, shared_bytes, " bytes of shared memory");
+  emulator::run_grid(grid, block, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
+}
+
+inline void memset_async(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+}
+
+template <typename Run>
+decltype(auto) dispatch_dtype(DType dtype, Run&& run) {
+  switch (dtype) {
+    case DType::kF32:
+      return run.template operator()<float>();
+    case DType::kBF16:
+      return run.template operator()<Bf16>();
+    default:
+      return run.template operator()<Fp16>();
+  }
+}
+
+template <typename Run>
+decltype(auto) dispatch_half(DType dtype, Run&& run) {
+  return dtype == DType::kBF16 ? run.template operator()<Bf16>() : run.template operator()<Fp16>();
+}
+
+}  // namespace kimi::cuda

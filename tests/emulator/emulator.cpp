@@ -1,0 +1,279 @@
+#include "emulator.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <string>
+#include <vector>
+
+#include "kimi/common.h"
+
+#ifndef __x86_64__
+#error "the emulator's switch between fibers is written for x86-64"
+#endif
+
+// void kimi_switch_fiber(void** save_stack_pointer, void* stack_pointer): saves what the ABI wants kept, and goes on where
+// the other stack was left.
+asm(R"(
+.text
+.globl kimi_switch_fiber
+.hidden kimi_switch_fiber
+.type kimi_switch_fiber, @function
+kimi_switch_fiber:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size kimi_switch_fiber, .-kimi_switch_fiber
+)");
+extern "C" void kimi_switch_fiber(void** save_stack_pointer, void* stack_pointer);
+
+namespace kimi::emulator {
+
+Thread* current = nullptr;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+constexpr int kMaxThreads = 1024, kMaxBarriers = 16;
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool valid;
+  int group;
+};
+
+struct Fiber {
+  Thread thread;
+  void* stack_pointer = nullptr;
+  bool done = false;
+  std::vector<Copy> copies;
+  int group = 0;
+};
+
+struct Barrier {
+  int expected = 0;  // 0: all threads that have not returned
+  std::vector<int> waiting;
+};
+
+struct Warp {
+  void* arguments[32];
+  void (*combine)(void* const*) = nullptr;
+  int arrived = 0, size = 0;
+};
+
+struct Block {
+  std::vector<Fiber> fibers{kMaxThreads};
+  std::vector<Warp> warps{kMaxThreads / 32};
+  Barrier barriers[kMaxBarriers];
+  std::vector<int> ready;
+  unsigned char* stacks = nullptr;
+  void* scheduler_stack_pointer = nullptr;
+  const std::function<void()>* body = nullptr;
+  int running = 0, alive = 0, size = 0, predicates = 0, counted = 0;
+  uint64_t random = 0x9e3779b97f4a7c15;
+  std::string failure;
+};
+Block block;
+
+uint64_t next_random() {
+  block.random ^= block.random << 13;
+  block.random ^= block.random >> 7;
+  block.random ^= block.random << 17;
+  return block.random;
+}
+
+// The running fiber waits until somebody puts it into `ready`.
+void wait() {
+  kimi_switch_fiber(&block.fibers[block.running].stack_pointer, block.scheduler_stack_pointer);
+}
+
+void release_if_complete(Barrier& barrier) {
+  const int expected = barrier.expected == 0 ? block.alive : barrier.expected;
+  if (barrier.waiting.empty() || static_cast<int>(barrier.waiting.size()) < expected) return;
+  block.ready.insert(block.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+  barrier.waiting.clear();
+}
+
+void fiber_main() {
+  (*block.body)();
+  Fiber& self = block.fibers[block.running];
+  self.done = true;
+  --block.alive;
+  release_if_complete(block.barriers[0]);
+  wait();
+}
+
+// Memory that ends at a page which must not be touched.
+class SharedMemory {
+ public:
+  unsigned char* of(size_t bytes) {
+    const size_t page = sysconf(_SC_PAGESIZE), whole = kBytes;
+    if (base_ == nullptr) {
+      void* p = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      KIMI_CHECK(p != MAP_FAILED, "no memory");
+      base_ = static_cast<unsigned char*>(p);
+      KIMI_CHECK(mprotect(base_ + whole, page, PROT_NONE) == 0, "mprotect");
+    }
+    return base_ + whole - (bytes + 1023) / 1024 * 1024;
+  }
+
+ private:
+  static constexpr size_t kBytes = 256 << 10;
+  unsigned char* base_ = nullptr;
+};
+SharedMemory shared_memory_pages;
+
+void start(int index) {
+  unsigned char* top = block.stacks + (static_cast<size_t>(index) + 1) * kStackBytes;
+  void** sp = reinterpret_cast<void**>(top);
+  *--sp = nullptr;                                   // alignment: at entry rsp + 8 is a multiple of 16
+  *--sp = reinterpret_cast<void*>(&fiber_main);      // where the switch returns to
+  for (int i = 0; i < 6; ++i) *--sp = nullptr;       // saved registers
+  Fiber& fiber = block.fibers[index];
+  fiber.stack_pointer = sp;
+  fiber.done = false;
+  fiber.copies.clear();
+  fiber.group = 0;
+}
+
+void run_block(dim3 grid, dim3 size, uint3 at, unsigned char* shared) {
+  block.size = block.alive = static_cast<int>(size.x * size.y * size.z);
+  block.ready.clear();
+  block.predicates = block.counted = 0;
+  for (Barrier& barrier : block.barriers) barrier.waiting.clear();
+  for (int i = 0; i < block.size; ++i) {
+    Thread& thread = block.fibers[i].thread;
+    const unsigned u = static_cast<unsigned>(i);
+    thread = {{u % size.x, u / size.x % size.y, u / (size.x * size.y)}, at, size, grid, i, shared};
+    start(i);
+    block.ready.push_back(i);
+  }
+  for (int w = 0; w < (block.size + 31) / 32; ++w) {
+    block.warps[w].arrived = 0;
+    block.warps[w].size = std::min(32, block.size - 32 * w);
+  }
+  while (!block.ready.empty() && block.failure.empty()) {
+    const size_t pick = next_random() % block.ready.size();
+    block.running = block.ready[pick];
+    block.ready[pick] = block.ready.back();
+    block.ready.pop_back();
+    current = &block.fibers[block.running].thread;
+    kimi_switch_fiber(&block.scheduler_stack_pointer, block.fibers[block.running].stack_pointer);
+  }
+  current = nullptr;
+  if (block.failure.empty() && block.alive > 0) {
+    block.failure = "deadlock: " + std::to_string(block.alive) + " of " + std::to_string(block.size) + " threads wait for ever";
+  }
+  if (!block.failure.empty()) {
+    const std::string text = "emulator: " + block.failure + " in block " + std::to_string(at.x) + ", " + std::to_string(at.y) +
+                             ", " + std::to_string(at.z);
+    block.failure.clear();
+    throw Error(text);
+  }
+}
+
+}  // namespace
+
+void fail(const char* what) {
+  block.failure = std::string(what) + ", thread " + std::to_string(current->linear);
+  wait();
+  __builtin_unreachable();
+}
+
+void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
+  if (block.stacks == nullptr) {
+    void* p = mmap(nullptr, kStackBytes * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    KIMI_CHECK(p != MAP_FAILED, "no memory for the stacks");
+    block.stacks = static_cast<unsigned char*>(p);
+  }
+  block.body = &body;
+  unsigned char* shared = shared_memory_pages.of(shared_bytes);
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        std::memset(shared, 0xff, shared_bytes);
+        run_block(grid, size, {x, y, z}, shared);
+      }
+    }
+  }
+}
+
+void block_barrier(int id, int threads) {
+  Barrier& barrier = block.barriers[id];
+  if (!barrier.waiting.empty() && barrier.expected != threads) fail("a barrier with two different thread counts");
+  barrier.expected = threads;
+  barrier.waiting.push_back(block.running);
+  release_if_complete(barrier);
+  wait();
+}
+
+int block_count(bool predicate) {
+  if (block.counted == block.alive) block.predicates = block.counted = 0;  // the first thread of the next count
+  block.predicates += predicate;
+  ++block.counted;
+  block_barrier(0, 0);
+  const int count = block.predicates;
+  block_barrier(0, 0);
+  return count;
+}
+
+void warp_collective(void* argument, void (*combine)(void* const*)) {
+  Warp& warp = block.warps[block.running / 32];
+  if (warp.size != 32) fail("a warp collective in a warp of fewer than 32 threads");
+  if (warp.arrived > 0 && warp.combine != combine) fail("lanes of a warp are at different collectives");
+  warp.combine = combine;
+  warp.arguments[block.running % 32] = argument;
+  if (++warp.arrived < 32) return wait();
+  warp.arrived = 0;
+  combine(warp.arguments);
+  const int first = block.running / 32 * 32;
+  for (int i = first; i < first + 32; ++i) {
+    if (i != block.running) block.ready.push_back(i);
+  }
+  block.ready.push_back(block.running);  // the order after a collective is drawn anew
+  wait();
+}
+
+void copy_async(void* shared, const void* global, size_t bytes, bool valid) {
+  const auto is_aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  if (!is_aligned(shared) || (valid && !is_aligned(global))) fail("cp.async to or from a misaligned address");
+  Fiber& self = block.fibers[block.running];
+  std::memset(shared, 0xff, bytes);
+  self.copies.push_back({shared, global, bytes, valid, self.group});
+}
+
+void copy_async_commit() {
+  ++block.fibers[block.running].group;
+}
+
+void copy_async_wait(int newest_groups_left) {
+  Fiber& self = block.fibers[block.running];
+  const int last = self.group - 1 - newest_groups_left;
+  size_t kept = 0;
+  for (const Copy& copy : self.copies) {
+    if (copy.group > last) {
+      self.copies[kept++] = copy;
+    } else if (copy.valid) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+      std::memset(copy.to, 0, copy.bytes);
+    }
+  }
+  self.copies.resize(kept);
+}
+
+}  // namespace kimi::emulator
