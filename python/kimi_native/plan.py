@@ -15,7 +15,7 @@ from kimi_native.cache import PAGE_TOKENS
 from kimi_native.config import KimiLinearConfig
 from kimi_native.weights import checkpoint_tensors
 
-DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
+DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32", "fp16": "float16", "float16": "float16"}
 _ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 
 
