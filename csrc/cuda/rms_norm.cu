@@ -14,8 +14,8 @@ namespace kimi::cuda {
 namespace {
 
 constexpr int kRows = 4;  // of a block, one per warp
-// Vectors of a row that a lane keeps in registers, 2560 elements of 2 bytes: the model has 2304. More are read again.
-constexpr int kCached = 10;
+// Vectors of a row that a lane keeps in registers: the 2304 elements of the model in 2 bytes each. More are read again.
+constexpr int kCached = 9;
 
 // `Width` elements per access: kVec<T> where everything is aligned for it, else 1.
 template <typename T, int Width>
