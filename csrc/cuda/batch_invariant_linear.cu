@@ -10,100 +10,20 @@
 
 #include <algorithm>
 
-#include "cuda/common/gemm.cuh"
+#include "cuda/common/dense.cuh"
 
 namespace kimi::cuda {
 namespace {
 
-constexpr int kStreamWarps = 4;          // warps of a block, at most
-constexpr int kWarpsPerSm = 12;          // of `stream`: 16 KB of ring each in 227 KB of shared memory
-constexpr int kManyStages = 4;           // stages of a ring of 16 rows: 16 KB
-constexpr int kFewStages = 12;           // of 8 rows: 24 KB, as then only one or two warps share a multiprocessor
-constexpr int kTokenTilesTogether = 16;  // neighbouring blocks: 16 token tiles by 16 row tiles, which L2 holds
+constexpr int kStreamWarps = 4;  // warps of a block, at most
+constexpr int kWarpsPerSm = 12;  // of `stream`: 16 KB of ring each in 227 KB of shared memory
+constexpr int kManyStages = 4;   // stages of a ring of 16 rows: 16 KB
+constexpr int kFewStages = 12;   // of 8 rows: 24 KB, as then only one or two warps share a multiprocessor
 
 using LargeTile = TileShape<128, 128, 64, 64, 3, 2>;  // 96 KB: two blocks
 using SmallTile = TileShape<64, 64, 32, 32, 4, 3>;    // 64 KB: three blocks
 
-// Where one output tile lies.
-struct Place {
-  int64_t group, token, row;  // first token and weight row
-};
-
-template <typename T>
-struct LinearTiles {
-  static constexpr bool kGated = false;
-  using Out = T;
-
-  struct Tile {
-    int64_t k;
-    int tokens;
-    const T* w[2];
-    int rows[2];
-    int64_t w_stride;
-    Place at;
-  };
-
-  BatchInvariantLinearParams p;
-  const T* x;
-  bool wide;  // out may be written 16 bytes at a time
-
-  explicit LinearTiles(const BatchInvariantLinearParams& params) : p(params), x(static_cast<const T*>(params.x)) {
-    const int64_t width = 16 / static_cast<int64_t>(size_of(p.out_dtype));
-    wide = aligned_to(16, p.out) && multiples_of(width, p.out_token_stride, p.out_group_stride);
-  }
-
-  template <int kTokens, int kRows>
-  int64_t num_tiles() const {
-    return p.num_groups * ceil_div<int64_t>(p.num_tokens, kTokens) * ceil_div<int64_t>(p.out_features, kRows);
-  }
-
-  template <int kTokens, int kRows>
-  __device__ bool open(int64_t index, Tile& tile) const {
-    const int64_t token_tiles = ceil_div<int64_t>(p.num_tokens, kTokens),
-                  row_tiles = ceil_div<int64_t>(p.out_features, kRows);
-    tile.at.group = index / (token_tiles * row_tiles);
-    index -= tile.at.group * token_tiles * row_tiles;
-    // Bands of kTokenTilesTogether token tiles; in a band the token tile runs fastest.
-    const int64_t band = index / (kTokenTilesTogether * row_tiles);
-    const int64_t in_band = index - band * kTokenTilesTogether * row_tiles;
-    const int64_t left = token_tiles - band * kTokenTilesTogether,
-                  height = left < kTokenTilesTogether ? left : kTokenTilesTogether;
-    tile.at.token = (band * kTokenTilesTogether + in_band % height) * kTokens;
-    tile.at.row = in_band / height * kRows;
-    tile.k = p.in_features;
-    tile.tokens = static_cast<int>(min(p.num_tokens - tile.at.token, int64_t{kTokens}));
-    tile.w_stride = p.weight_row_stride;
-    tile.w[0] =
-        static_cast<const T*>(p.weight) + tile.at.group * p.weight_group_stride + tile.at.row * p.weight_row_stride;
-    tile.w[1] = tile.w[0] + kRows / 2 * p.weight_row_stride;
-    const int64_t rows = p.out_features - tile.at.row;
-    tile.rows[0] = static_cast<int>(min(rows, int64_t{kRows / 2}));
-    tile.rows[1] = static_cast<int>(min(rows, int64_t{kRows})) - tile.rows[0];
-    return true;
-  }
-
-  __device__ int64_t x_offset(const Tile& tile, int i) const {
-    return (tile.at.token + i) * p.x_token_stride + tile.at.group * p.x_group_stride;
-  }
-
-  template <int N>
-  __device__ void store(const Tile& tile, int token, int column, const float (&v)[N]) const {
-    store_at({tile.at.group, tile.at.token + token, tile.at.row + column}, v);
-  }
-
-  template <int N>
-  __device__ void store_at(const Place& at, const float (&v)[N]) const {
-    const int64_t to = at.token * p.out_token_stride + at.group * p.out_group_stride + at.row;
-    const int count = static_cast<int>(min(p.out_features - at.row, int64_t{N}));
-    if (p.out_dtype == DType::kF32) {
-      store_results(static_cast<float*>(p.out) + to, v, count, wide);
-    } else {
-      store_results(static_cast<T*>(p.out) + to, v, count, wide);
-    }
-  }
-};
-
-// The same for `stream`, with up to 16 tokens: an item is kTiles x 8 weight rows.
+// For `stream`, with up to 16 tokens: an item is kTiles x 8 weight rows.
 template <typename T, int kTiles>
 struct LinearStream {
   static constexpr bool kGated = false;
@@ -116,25 +36,24 @@ struct LinearStream {
     int64_t group, row;
   };
 
-  LinearTiles<T> linear;
+  Dense<T> dense;
 
-  __host__ __device__ int64_t items_of_group() const { return ceil_div<int64_t>(linear.p.out_features, 8 * kTiles); }
-  __host__ __device__ int64_t num_items() const { return linear.p.num_groups * items_of_group(); }
+  __host__ __device__ int64_t items_of_group() const { return ceil_div<int64_t>(dense.shape.num_rows, 8 * kTiles); }
+  __host__ __device__ int64_t num_items() const { return dense.shape.num_groups * items_of_group(); }
 
   __device__ bool open(int64_t index, Item& item) const {
-    const BatchInvariantLinearParams& p = linear.p;
+    const DenseShape& p = dense.shape;
     item.group = index / items_of_group();
     item.row = (index - item.group * items_of_group()) * 8 * kTiles;
-    item.w_stride = p.weight_row_stride;
-    item.k = p.in_features;
+    item.w_stride = p.w_row_stride;
+    item.k = p.k;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      const int64_t row = item.row + 8 * j;
-      item.w[j] = static_cast<const T*>(p.weight) + item.group * p.weight_group_stride + row * p.weight_row_stride;
-      item.rows[j] = static_cast<int>(min(p.out_features - row, int64_t{8}));
+      item.w[j] = dense.weights(item.group, item.row + 8 * j);
+      item.rows[j] = static_cast<int>(min(p.num_rows - item.row - 8 * j, int64_t{8}));
     }
     const int64_t g = threadIdx.x % kWarp / 4;
-    const T* x = linear.x + item.group * p.x_group_stride;
+    const T* x = dense.x + item.group * p.x_group_stride;
     item.x_lo = g < p.num_tokens ? x + g * p.x_token_stride : nullptr;
     item.x_hi = g + 8 < p.num_tokens ? x + (g + 8) * p.x_token_stride : nullptr;
     return true;
@@ -148,8 +67,9 @@ struct LinearStream {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) v[2 * j] = acc[j][2 * h], v[2 * j + 1] = acc[j][2 * h + 1];
       const int64_t row = item.row + t * 2 * kTiles;
-      if (g + 8 * h < linear.p.num_tokens && row < linear.p.out_features)
-        linear.store_at({item.group, g + 8 * h, row}, v);
+      if (g + 8 * h < dense.shape.num_tokens && row < dense.shape.num_rows) {
+        dense.store_at(item.group, g + 8 * h, row, v);
+      }
     }
   }
 };
@@ -166,8 +86,8 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp)
 
 // Items spread evenly over the warps that fit.
 template <typename T, int kTiles, int kStages, bool kAligned>
-void launch_stream(const LinearTiles<T>& linear, cudaStream_t stream) {
-  const LinearStream<T, kTiles> problem{linear};
+void launch_stream(const Dense<T>& dense, cudaStream_t stream) {
+  const LinearStream<T, kTiles> problem{dense};
   const int64_t items = problem.num_items(), sms = multiprocessors();
   const int64_t rounds = ceil_div(items, sms * kWarpsPerSm);
   const int64_t warps = ceil_div(items, rounds);
@@ -177,30 +97,37 @@ void launch_stream(const LinearTiles<T>& linear, cudaStream_t stream) {
          problem);
 }
 
+DenseShape shape_of(const BatchInvariantLinearParams& p) {
+  DenseShape s = {};
+  s.x = p.x, s.w = p.weight, s.out = p.out;
+  s.num_tokens = p.num_tokens, s.num_groups = p.num_groups, s.k = p.in_features, s.num_rows = p.out_features;
+  s.x_token_stride = p.x_token_stride, s.x_group_stride = p.x_group_stride;
+  s.w_row_stride = p.weight_row_stride, s.w_group_stride = p.weight_group_stride;
+  s.out_token_stride = p.out_token_stride, s.out_group_stride = p.out_group_stride;
+  s.out_f32 = p.out_dtype == DType::kF32;
+  s.set_out_wide();
+  return s;
+}
+
 template <typename T>
-void linear_half(const BatchInvariantLinearParams& p, cudaStream_t stream) {
-  const LinearTiles<T> linear(p);
-  const bool aligned =
-      aligned_to(16, p.x, p.weight) && multiples_of(kChunk, p.in_features, p.x_token_stride, p.x_group_stride,
-                                                    p.weight_row_stride, p.weight_group_stride);
-  // Offsets of x are 32 bits of 16 bytes in tile_gemm.
-  const int64_t x_extent = (p.num_tokens - 1) * p.x_token_stride + (p.num_groups - 1) * p.x_group_stride;
-  const bool small_offsets = x_extent / kChunk < UINT32_MAX;
-  if (p.num_tokens <= kStreamTokens) {
-    const int64_t items = p.num_groups * ceil_div<int64_t>(p.out_features, 16);
+void linear_half(const DenseShape& shape, cudaStream_t stream) {
+  const Dense<T> dense(shape);
+  const bool aligned = shape.aligned();
+  if (shape.num_tokens <= kStreamTokens) {
+    const int64_t items = shape.num_groups * ceil_div<int64_t>(shape.num_rows, 16);
     if (!aligned) {
-      launch_stream<T, 2, kManyStages, false>(linear, stream);
+      launch_stream<T, 2, kManyStages, false>(dense, stream);
     } else if (items < 2 * multiprocessors()) {
-      launch_stream<T, 1, kFewStages, true>(linear, stream);
+      launch_stream<T, 1, kFewStages, true>(dense, stream);
     } else {
-      launch_stream<T, 2, kManyStages, true>(linear, stream);
+      launch_stream<T, 2, kManyStages, true>(dense, stream);
     }
-  } else if (!aligned || !small_offsets) {
-    launch_tile_gemm<T, SmallTile, false>(linear, stream);
-  } else if (linear.template num_tiles<LargeTile::kTokens, LargeTile::kRows>() < multiprocessors()) {
-    launch_tile_gemm<T, SmallTile, true>(linear, stream);
+  } else if (!aligned || !shape.small_offsets()) {
+    launch_tile_gemm<T, SmallTile, false>(dense, stream);
+  } else if (dense.template num_tiles<LargeTile::kTokens, LargeTile::kRows>() < multiprocessors()) {
+    launch_tile_gemm<T, SmallTile, true>(dense, stream);
   } else {
-    launch_tile_gemm<T, LargeTile, true>(linear, stream);
+    launch_tile_gemm<T, LargeTile, true>(dense, stream);
   }
 }
 
@@ -208,8 +135,9 @@ void linear_half(const BatchInvariantLinearParams& p, cudaStream_t stream) {
 
 void batch_invariant_linear(const BatchInvariantLinearParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0 || p.num_groups == 0 || p.out_features == 0) return;
-  if (p.dtype == DType::kF32) return launch_ffma_gemm(LinearTiles<float>(p), stream);
-  dispatch_half(p.dtype, [&]<typename T>() { linear_half<T>(p, stream); });
+  const DenseShape shape = shape_of(p);
+  if (p.dtype == DType::kF32) return launch_ffma_gemm(Dense<float>(shape), stream);
+  dispatch_half(p.dtype, [&]<typename T>() { linear_half<T>(shape, stream); });
 }
 
 }  // namespace kimi::cuda

@@ -248,7 +248,9 @@ class Stream {
 //           bool open<kTokens, kRows>(int64_t index, Tile&);   int64_t num_tiles<kTokens, kRows>() (on the host)
 //           const T* x;   int64_t x_offset(const Tile&, int i): of token row i, in elements
 //           void store(const Tile&, int token, int column, const float (&v)[N]): N consecutive columns
-// With Problem::kGated the halves of the weight rows are gate and up, and the results kRows / 2 columns of SwiGLU.
+// With Problem::kGated the halves of the weight rows are gate and up, and the results kRows / 2 columns of SwiGLU. With
+// Problem::kSegmented the accumulators start from zero every segment() columns (a multiple of 64) and their sums are
+// added in order: instructions round towards zero, so this is about as much more accurate as there are segments.
 
 inline constexpr int kTileK = 64;  // columns of a stage: 128 bytes of a row
 inline constexpr int kTileChunks = kTileK / kChunk;
@@ -319,6 +321,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) tile_gemm(con
   // First of the group's columns within the block's: column c of tile j of a group is (c / 2) * 2 kGroup + 2 j + c % 2.
   const auto first_of_group = [&](int j) { return warp_column + j / kGroup * 8 * kGroup; };
   float acc[kM][kN][4] = {};
+  float total[Problem::kSegmented ? kM : 1][kN][4] = {};
   const auto multiply_stage = [&](int stage) {
 #pragma unroll
     for (int block = 0; block < kTileK / 32; ++block) {
@@ -363,6 +366,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) tile_gemm(con
     if (s + kStages - 1 < num_stages) copy_stage(copy_slot, (s + kStages - 1) * kTileK);
     cp_async_commit();
     multiply_stage(slot);
+    if constexpr (Problem::kSegmented) {
+      if ((s + 1) * kTileK % problem.segment() == 0 || s + 1 == num_stages) {
+#pragma unroll
+        for (int i = 0; i < kM; ++i) {
+#pragma unroll
+          for (int j = 0; j < kN; ++j) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) total[i][j][c] += acc[i][j][c], acc[i][j][c] = 0.0f;
+          }
+        }
+      }
+    }
     slot = slot + 1 == kStages ? 0 : slot + 1;
     copy_slot = copy_slot + 1 == kStages ? 0 : copy_slot + 1;
   }
@@ -379,13 +394,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) tile_gemm(con
         float v[2 * kGroup];
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
-          const auto& first = acc[i][group * kGroup + j];
+          const int n = group * kGroup + j;
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             if constexpr (kGated) {
-              v[2 * j + c] = swiglu<T>(first[2 * h + c], acc[i][kN / 2 + group * kGroup + j][2 * h + c]);
+              v[2 * j + c] = swiglu<T>(acc[i][n][2 * h + c], acc[i][kN / 2 + n][2 * h + c]);
+            } else if constexpr (Problem::kSegmented) {
+              v[2 * j + c] = total[i][n][2 * h + c];
             } else {
-              v[2 * j + c] = first[2 * h + c];
+              v[2 * j + c] = acc[i][n][2 * h + c];
             }
           }
         }
