@@ -8,17 +8,13 @@
 // bound by the tensor cores. fp32: `ffma_gemm`.
 #include "kimi/batch_invariant_linear.h"
 
-#include <algorithm>
-
 #include "cuda/common/dense.cuh"
 
 namespace kimi::cuda {
 namespace {
 
-constexpr int kStreamWarps = 4;  // warps of a block, at most
-constexpr int kWarpsPerSm = 12;  // of `stream`: 16 KB of ring each in 227 KB of shared memory
-constexpr int kManyStages = 4;   // stages of a ring of 16 rows: 16 KB
-constexpr int kFewStages = 12;   // of 8 rows: 24 KB, as then only one or two warps share a multiprocessor
+constexpr int kManyStages = 4;  // stages of a ring of 16 rows: 16 KB
+constexpr int kFewStages = 12;  // of 8 rows: 24 KB, as then only one or two warps share a multiprocessor
 
 using LargeTile = TileShape<128, 128, 64, 64, 3, 2>;  // 96 KB: two blocks
 using SmallTile = TileShape<64, 64, 32, 32, 4, 3>;    // 64 KB: three blocks
@@ -75,7 +71,7 @@ struct LinearStream {
 };
 
 template <typename T, int kTiles, int kStages, bool kAligned>
-__global__ void __launch_bounds__(kStreamWarps* kWarp)
+__global__ void __launch_bounds__(kStreamWarps* kWarp, kStreamWarpsPerSm / kStreamWarps)
     linear_stream(const __grid_constant__ LinearStream<T, kTiles> problem) {
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   auto* rings = &shared_memory<WarpRing<kTiles, kStages>>();
@@ -84,17 +80,12 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp)
       .run();
 }
 
-// Items spread evenly over the warps that fit.
 template <typename T, int kTiles, int kStages, bool kAligned>
 void launch_stream(const Dense<T>& dense, cudaStream_t stream) {
   const LinearStream<T, kTiles> problem{dense};
-  const int64_t items = problem.num_items(), sms = multiprocessors();
-  const int64_t rounds = ceil_div(items, sms * kWarpsPerSm);
-  const int64_t warps = ceil_div(items, rounds);
-  const int64_t per_block = std::clamp<int64_t>(warps / sms, 1, kStreamWarps);
-  launch(linear_stream<T, kTiles, kStages, kAligned>, dim3(static_cast<unsigned>(ceil_div(warps, per_block))),
-         dim3(static_cast<unsigned>(per_block * kWarp)), per_block * sizeof(WarpRing<kTiles, kStages>), stream,
-         problem);
+  const StreamGrid grid = stream_grid(problem.num_items());
+  launch(linear_stream<T, kTiles, kStages, kAligned>, dim3(grid.blocks), dim3(grid.warps * kWarp),
+         grid.warps * sizeof(WarpRing<kTiles, kStages>), stream, problem);
 }
 
 DenseShape shape_of(const BatchInvariantLinearParams& p) {

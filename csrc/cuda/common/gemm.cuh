@@ -241,6 +241,23 @@ class Stream {
   Cursor produce_, consume_;
 };
 
+inline constexpr int kStreamWarps = 4;        // warps of a block, at most
+inline constexpr int kStreamWarpsPerSm = 12;  // with rings of 16 KB in 227 KB of shared memory
+
+struct StreamGrid {
+  unsigned blocks, warps;  // warps of a block
+};
+
+// Items spread evenly over the warps that fit, and these over the multiprocessors.
+inline StreamGrid stream_grid(int64_t items) {
+  const int64_t sms = multiprocessors();
+  const int64_t rounds = ceil_div(items, sms * kStreamWarpsPerSm);
+  const int64_t warps = ceil_div(items, rounds);
+  const int64_t per_sm = warps / sms;
+  const int64_t per_block = per_sm < 1 ? 1 : per_sm < kStreamWarps ? per_sm : kStreamWarps;
+  return {static_cast<unsigned>(ceil_div(warps, per_block)), static_cast<unsigned>(per_block)};
+}
+
 // ---- Tiles: a block on a tile of the output ------------------------------------------------------------------------
 //
 // Problem:  struct Tile { int64_t k; int tokens; const T* w[2]; int rows[2]; int64_t w_stride; ... };
