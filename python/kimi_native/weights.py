@@ -234,11 +234,17 @@ def _moe_rows(f: MoeWeights, prefix: str, c: KimiLinearConfig) -> Iterator[_Row]
         yield from _mlp_rows(f, prefix + "shared_experts.", shared, hidden, "shared experts", "shared_w13", "shared_w2")
 
 
+def places(weights: Weights, config: KimiLinearConfig) -> Iterator[tuple[str, TensorSpec, Tensor]]:
+    """Every tensor of this model's checkpoint: its hub name, what the checkpoint holds, and the slice of our parameter it fills."""
+    dtype = getattr(torch, config.dtype)
+    for r in _rows(weights, config):
+        yield r.name, TensorSpec(r.shape, torch.float32 if r.float32 else dtype, r.group), getattr(r.part, r.parameter)[r.index]
+
+
 def checkpoint_tensors(config: KimiLinearConfig) -> dict[str, TensorSpec]:
     """Every tensor of this model's checkpoint under its hub name, with shape, dtype and group (20,493 at full size)."""
-    dtype = getattr(torch, config.dtype)
-    shapes = allocate(config, "meta", dtype)
-    return {r.name: TensorSpec(r.shape, torch.float32 if r.float32 else dtype, r.group) for r in _rows(shapes, config)}
+    shapes = allocate(config, "meta", getattr(torch, config.dtype))
+    return {name: spec for name, spec, _ in places(shapes, config)}
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------------
