@@ -10,9 +10,9 @@ size_t kda_decode_workspace_bytes(const KdaDecodeParams&) {
 void kda_decode(const KdaDecodeParams& p, cudaStream_t stream) {
   namespace impl = kda_decode_impl;
   const uintptr_t bytes = 4 * size_of(p.dtype);
-  const bool wide = impl::wide_kda(p) && aligned_to(bytes, p.q, p.k, p.v) &&
-                    multiples_of(4, p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride,
-                                 p.v_token_stride, p.v_head_stride);
+  const bool aligned = impl::aligned_kda(p) && aligned_to(bytes, p.q, p.k, p.v) &&
+                       multiples_of(4, p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride,
+                                    p.v_token_stride, p.v_head_stride);
   // Slices of a head: as many as it takes to give every SM two blocks.
   const int64_t heads = p.num_sequences * p.num_value_heads, wanted = 2 * multiprocessors();
   const auto shape_of = [&](int warp_rows) {
@@ -21,7 +21,7 @@ void kda_decode(const KdaDecodeParams& p, cudaStream_t stream) {
     while (warps > impl::kMinWarps && heads * ceil_div(parts, warps) < wanted) warps = ceil_div(warps, 2);
     return impl::Shape{warps, ceil_div(parts, warps)};
   };
-  impl::launch_kernel<false>(KdaDecodeFusedParams{.kda = p}, wide, shape_of, stream);
+  impl::launch_kernel<false>(KdaDecodeFusedParams{.kda = p}, aligned, shape_of, stream);
 }
 
 }  // namespace kimi::cuda

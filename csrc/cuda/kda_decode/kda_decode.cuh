@@ -36,11 +36,16 @@ inline constexpr int kRowsAtOnce = kWarp / kRowLanes;
 inline constexpr int kMaxDim = 256;  // of keys and of values
 inline constexpr int kPast = kShortConvTaps - 1;
 
-// kVectors: 16-byte vectors that a thread holds of each of its rows; key_dim is at most 32 * kVectors.
-template <int kVectors>
-struct Tile {
+// How the kernel is compiled. kVectors: 16-byte vectors that a thread holds of each of its rows. Ordinarily key_dim is
+// exactly 32 * kVectors and all memory is aligned for accesses of four elements; with kGeneral it is anything up to
+// that, and elements are accessed one by one. Zeros beyond key_dim change no sum, so that both give the same bits.
+template <typename Element, int kVectors_, bool kFused_, bool kGeneral_>
+struct Config {
+  using T = Element;
+  static constexpr int kVectors = kVectors_;
+  static constexpr bool kFused = kFused_, kGeneral = kGeneral_;
   static constexpr int kKeys = kRowLanes * 4 * kVectors;
-  static constexpr int kRows = kVectors == 8 ? 1 : 4;  // 64 registers of state at key_dim 128, else 32
+  static constexpr int kRows = kVectors == 8 ? 1 : 4;  // of a thread: 64 registers of state at key_dim 128, else 32
   static constexpr int kWarpRows = kRowsAtOnce * kRows;
   static constexpr int kParts = kKeys > 128 ? 2 : 1;  // of 128 elements, 4 a lane, that a warp prepares at once
 };
@@ -59,32 +64,32 @@ struct SharedStorage {
   Token<kKeys> token[kMaxDecodeTokens];  // the first tokens_per_sequence of them are allocated
 };
 
-// 4 elements, in one access where everything is aligned for it.
-template <bool kWide, typename T>
+// Four elements, in one access where everything is aligned for it.
+template <bool kGeneral, typename T>
 __device__ __forceinline__ Packed<T, 4> load4(const T* from) {
-  if constexpr (kWide) {
-    return load_packed<T, 4>(from);
-  } else {
+  if constexpr (kGeneral) {
     float x[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = to_float(from[i]);
     return Packed<T, 4>::pack(x);
+  } else {
+    return load_packed<T, 4>(from);
   }
 }
-template <bool kWide, typename T>
+template <bool kGeneral, typename T>
 __device__ __forceinline__ void store4(T* to, const Packed<T, 4>& v) {
-  if constexpr (kWide) {
-    store_packed(to, v);
-  } else {
+  if constexpr (kGeneral) {
     float x[4];
     v.unpack(x);
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[i] = from_float<T>(x[i]);
+  } else {
+    store_packed(to, v);
   }
 }
 
 // The short convolution of one sequence.
-template <typename T, bool kWide>
+template <typename T, bool kGeneral>
 struct Convolution {
   const T *qkv, *weight;  // qkv: of the sequence's first token
   T* state;               // of its slot
@@ -99,7 +104,7 @@ struct Convolution {
 
   // Input of 4 channels at token t of this call; -3 to -1 are those before it.
   __device__ __forceinline__ Packed<T, 4> input(int t, int64_t channel) const {
-    return load4<kWide>((t < 0 ? state + (kPast + t) * num_channels : qkv + t * token_stride) + channel);
+    return load4<kGeneral>((t < 0 ? state + (kPast + t) * num_channels : qkv + t * token_stride) + channel);
   }
 
   // silu(sum_j weight[c, j] * input[t - 3 + j, c]) of 4 channels.
@@ -108,7 +113,7 @@ struct Convolution {
 #pragma unroll
     for (int j = 0; j < kShortConvTaps; ++j) in[j] = input(t - kPast + j, channel);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) taps[c] = load4<kWide>(weight + (channel + c) * kShortConvTaps);
+    for (int c = 0; c < 4; ++c) taps[c] = load4<kGeneral>(weight + (channel + c) * kShortConvTaps);
     float x[kShortConvTaps][4];
 #pragma unroll
     for (int j = 0; j < kShortConvTaps; ++j) in[j].unpack(x[j]);
@@ -130,7 +135,7 @@ struct Convolution {
   }
   __device__ __forceinline__ void write_state(int64_t channel, const Packed<T, 4> (&rows)[kPast]) const {
 #pragma unroll
-    for (int i = 0; i < kPast; ++i) store4<kWide>(state + i * num_channels + channel, rows[i]);
+    for (int i = 0; i < kPast; ++i) store4<kGeneral>(state + i * num_channels + channel, rows[i]);
   }
 };
 
@@ -161,21 +166,24 @@ __device__ __forceinline__ float inverse_norm(const float (&x)[kParts][4], float
 
 // One value head of one sequence: where its inputs are, and how they become a Token. All functions are called by whole
 // warps; lane l has elements 4 l .. 4 l + 3 of every 128.
-template <typename T, int kVectors, bool kFused, bool kWide>
+template <typename Config>
 struct Head {
-  static constexpr int kKeys = Tile<kVectors>::kKeys, kParts = Tile<kVectors>::kParts;
+  using T = typename Config::T;
+  static constexpr bool kFused = Config::kFused, kGeneral = Config::kGeneral;
+  static constexpr int kKeys = Config::kKeys, kParts = Config::kParts;
   enum Task { kQ, kK, kDecay, kValues };  // of a token; kValues + i: values from 128 * kParts * i on
   const KdaDecodeFusedParams& p;
-  const Convolution<T, kWide> conv;
+  const Convolution<T, kGeneral> conv;
   int64_t n, h, hv;
   int first_row, end_row;  // of the values
   int lane;
 
+  __device__ __forceinline__ int key_dim() const { return kGeneral ? static_cast<int>(p.kda.key_dim) : kKeys; }
   __device__ __forceinline__ int64_t token_at(int t) const { return n * p.kda.tokens_per_sequence + t; }
-  __device__ __forceinline__ int64_t q_channel() const { return h * p.kda.key_dim; }
-  __device__ __forceinline__ int64_t k_channel() const { return (p.kda.num_heads + h) * p.kda.key_dim; }
+  __device__ __forceinline__ int64_t q_channel() const { return h * key_dim(); }
+  __device__ __forceinline__ int64_t k_channel() const { return (p.kda.num_heads + h) * key_dim(); }
   __device__ __forceinline__ int64_t v_channel() const {
-    return 2 * p.kda.num_heads * p.kda.key_dim + hv * p.kda.value_dim;
+    return 2 * p.kda.num_heads * key_dim() + hv * p.kda.value_dim;
   }
   __device__ __forceinline__ int num_tasks() const { return kValues + ceil_div(end_row - first_row, 128 * kParts); }
 
@@ -183,7 +191,7 @@ struct Head {
     if (task == kDecay) return prepare_decay_and_beta(t, token);
     const bool is_values = task >= kValues;
     const int first = is_values ? first_row + (task - kValues) * 128 * kParts : 0;
-    const int end = is_values ? end_row : static_cast<int>(p.kda.key_dim);
+    const int end = is_values ? end_row : key_dim();
     const void* plain = task == kQ ? p.kda.q : task == kK ? p.kda.k : p.kda.v;
     const int64_t offset = task == kQ   ? token_at(t) * p.kda.q_token_stride + h * p.kda.q_head_stride
                            : task == kK ? token_at(t) * p.kda.k_token_stride + h * p.kda.k_head_stride
@@ -197,7 +205,7 @@ struct Head {
       if constexpr (kFused) {
         conv.output(t, channel + at, x[i]);
       } else {
-        load4<kWide>(static_cast<const T*>(plain) + offset + at).unpack(x[i]);
+        load4<kGeneral>(static_cast<const T*>(plain) + offset + at).unpack(x[i]);
       }
     }
     float scale = 1.0f;
@@ -219,8 +227,8 @@ struct Head {
   __device__ __forceinline__ void prepare_norm(int t, int at, Token<kKeys>& token) const {
     const int64_t offset = token_at(t) * p.norm_gate_token_stride + hv * p.norm_gate_head_stride;
     float gate[4], weight[4];
-    load4<kWide>(static_cast<const T*>(p.norm_gate) + offset + at).unpack(gate);
-    load4<kWide>(static_cast<const T*>(p.norm_weight) + at).unpack(weight);
+    load4<kGeneral>(static_cast<const T*>(p.norm_gate) + offset + at).unpack(gate);
+    load4<kGeneral>(static_cast<const T*>(p.norm_weight) + at).unpack(weight);
 #pragma unroll
     for (int j = 0; j < 4; ++j) token.norm[at + j] = weight[j] * sigmoid(gate[j]);
   }
@@ -240,12 +248,12 @@ struct Head {
       const int at = 128 * i + 4 * lane;
       if (at >= kKeys) continue;
       float bias[4] = {}, g[4] = {};
-      if (at < p.kda.key_dim) {
-        if (p.kda.dt_bias) load4<kWide>(p.kda.dt_bias + hv * p.kda.key_dim + at).unpack(bias);
+      if (at < key_dim()) {
+        if (p.kda.dt_bias) load4<kGeneral>(p.kda.dt_bias + hv * key_dim() + at).unpack(bias);
         if (p.kda.g_dtype == DType::kF32) {
-          load4<kWide>(static_cast<const float*>(p.kda.g) + offset + at).unpack(g);
+          load4<kGeneral>(static_cast<const float*>(p.kda.g) + offset + at).unpack(g);
         } else {
-          load4<kWide>(static_cast<const T*>(p.kda.g) + offset + at).unpack(g);
+          load4<kGeneral>(static_cast<const T*>(p.kda.g) + offset + at).unpack(g);
         }
       }
 #pragma unroll
@@ -253,7 +261,7 @@ struct Head {
         float log_decay = g[c];
         if (p.kda.gate == KdaGate::kSoftplus) log_decay = -rate * softplus(g[c] + bias[c]);
         if (p.kda.gate == KdaGate::kBounded) log_decay = p.kda.lower_bound / (1.0f + expf(-rate * (g[c] + bias[c])));
-        token.decay[at + c] = at < p.kda.key_dim ? expf(log_decay) : 0.0f;
+        token.decay[at + c] = at < key_dim() ? expf(log_decay) : 0.0f;
       }
     }
   }
@@ -283,47 +291,46 @@ struct Head {
 #pragma unroll
         for (int j = 0; j < 4; ++j) o[i][j] *= scale * token.norm[at + j];
       }
-      store4<kWide>(out(t) + at, Packed<T, 4>::pack(o[i]));
+      store4<kGeneral>(out(t) + at, Packed<T, 4>::pack(o[i]));
     }
   }
 
   __device__ __forceinline__ void write_zeros(int t) const {
-    for (int at = first_row + 4 * lane; at < end_row; at += 4 * kWarp) store4<kWide>(out(t) + at, Packed<T, 4>{});
+    for (int at = first_row + 4 * lane; at < end_row; at += 4 * kWarp) store4<kGeneral>(out(t) + at, Packed<T, 4>{});
   }
 };
 
 // A thread's share of kRows rows of the state.
-template <int kVectors, bool kWide>
+template <typename Config>
 struct StateTile {
-  static constexpr int kRows = Tile<kVectors>::kRows;
+  static constexpr int kRows = Config::kRows, kVectors = Config::kVectors, kKeys = Config::kKeys;
+  static constexpr bool kGeneral = Config::kGeneral;
   float s[kRows][kVectors][4];
 
-  // `at`: the thread's first column of its first row. Zeros past the last column.
-  __device__ __forceinline__ void load(const float* at, int key_dim, int columns_left) {
+  // `at`: the thread's first column of its first row, `lane` its place in the row.
+  __device__ __forceinline__ void load(const float* at, int lane, int key_dim) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         Packed<float, 4> v = {};
-        if (32 * j < columns_left) v = load4<kWide>(at + r * kRowsAtOnce * key_dim + 32 * j);
+        if (!kGeneral || 32 * j + 4 * lane < key_dim) v = load4<kGeneral>(at + r * kRowsAtOnce * key_dim + 32 * j);
         v.unpack(s[r][j]);
       }
     }
   }
-
-  __device__ __forceinline__ void store(float* at, int key_dim, int columns_left) const {
+  __device__ __forceinline__ void store(float* at, int lane, int key_dim) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        if (32 * j < columns_left)
-          store4<kWide>(at + r * kRowsAtOnce * key_dim + 32 * j, Packed<float, 4>::pack(s[r][j]));
+        if (!kGeneral || 32 * j + 4 * lane < key_dim)
+          store4<kGeneral>(at + r * kRowsAtOnce * key_dim + 32 * j, Packed<float, 4>::pack(s[r][j]));
       }
     }
   }
 
-  // One token: decay, delta rule, output. `row` is the thread's first row, `lane` its place in it.
-  template <int kKeys>
+  // One token: decay, delta rule, output. `row` is the thread's first row.
   __device__ __forceinline__ void step(Token<kKeys>& token, int row, int lane) {
     float along_k[kRows] = {}, along_q[kRows] = {}, qk = 0.0f;
 #pragma unroll
@@ -363,31 +370,34 @@ struct StateTile {
 };
 
 // Grid: (sequence, value head, slice).
-template <typename T, int kVectors, bool kFused, bool kWide>
+template <typename Config>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 2) kda_decode_kernel(KdaDecodeFusedParams p, int heads_per_key) {
-  constexpr int kKeys = Tile<kVectors>::kKeys, kWarpRows = Tile<kVectors>::kWarpRows;
+  using T = typename Config::T;
+  constexpr int kKeys = Config::kKeys, kWarpRows = Config::kWarpRows;
   auto& shared = shared_memory<SharedStorage<kKeys>>();
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t n = blockIdx.x, hv = blockIdx.y, h = heads_per_key == 1 ? blockIdx.y : blockIdx.y / heads_per_key;
+  const int64_t n = blockIdx.x, hv = blockIdx.y;
   const int num_tokens = static_cast<int>(p.kda.tokens_per_sequence);
-  const int key_dim = static_cast<int>(p.kda.key_dim), value_dim = static_cast<int>(p.kda.value_dim);
+  const int key_dim = Config::kGeneral ? static_cast<int>(p.kda.key_dim) : kKeys;
+  const int value_dim = static_cast<int>(p.kda.value_dim);
   const int slice_rows = gridDim.z == 1 ? value_dim : warps * kWarpRows, first_row = blockIdx.z * slice_rows;
   const int end_row = first_row + slice_rows < value_dim ? first_row + slice_rows : value_dim;
   const int32_t slot = p.kda.slots[n];
-  const Head<T, kVectors, kFused, kWide> head{p, {p, n, slot}, n, h, hv, first_row, end_row, lane};
 
-  // Phase 1: a skipped sequence has zeros and nothing else.
+  // Phase 1: all loads of the state.
+  const int row_lane = lane % kRowLanes;
+  int row = first_row + warp * kWarpRows + lane / kRowLanes;
+  float* at = p.kda.state + slot * p.kda.state_slot_stride + (hv * value_dim + row) * key_dim + 4 * row_lane;
+  StateTile<Config> tile;
+  if (slot >= 0 && row < end_row) tile.load(at, row_lane, key_dim);
+
+  // Phase 2: a skipped sequence has zeros and nothing else.
+  const int64_t h = heads_per_key == 1 ? blockIdx.y : blockIdx.y / heads_per_key;
+  const Head<Config> head{p, {p, n, slot}, n, h, hv, first_row, end_row, lane};
   if (slot < 0) {
     for (int t = warp; t < num_tokens; t += warps) head.write_zeros(t);
     return;
   }
-
-  // Phase 2: all loads of the state.
-  const int row_lane = lane % kRowLanes, columns_left = key_dim - 4 * row_lane;
-  int row = first_row + warp * kWarpRows + lane / kRowLanes;
-  float* state = p.kda.state + slot * p.kda.state_slot_stride + hv * value_dim * key_dim + 4 * row_lane;
-  StateTile<kVectors, kWide> tile;
-  if (row < end_row) tile.load(state + row * key_dim, key_dim, columns_left);
 
   // Phase 3: the tokens, into shared memory.
   const int commit = tokens_committed(p.kda, n);
@@ -401,7 +411,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2) kda_decode_kernel(KdaDeco
       ++t;
     }
   }
-  if constexpr (kFused) {
+  if constexpr (Config::kFused) {
     // What the state of the convolution becomes, four channels a thread: those of v, and of q and k where no other
     // value head reads them (else a second launch writes them).
     int at = 4 * threadIdx.x;
@@ -424,13 +434,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2) kda_decode_kernel(KdaDeco
 
   // Phase 4: the recurrence. Warps do not wait for each other.
   while (row < end_row) {
-    float* at = state + row * key_dim;
     for (int t = 0; t < num_tokens; ++t) {
       tile.step(shared.token[t], row, row_lane);
-      if (t + 1 == commit) tile.store(at, key_dim, columns_left);
+      if (t + 1 == commit) tile.store(at, row_lane, key_dim);
     }
     row += warps * kWarpRows;
-    if (row < end_row) tile.load(state + row * key_dim, key_dim, columns_left);
+    at += warps * kWarpRows * key_dim;
+    if (row < end_row) tile.load(at, row_lane, key_dim);
   }
   __syncthreads();
 
@@ -443,34 +453,32 @@ struct Shape {
   int warps, slices;
 };
 
-// Launches the kernel. `wide`: whether accesses of four elements are aligned; shape_of(rows that a warp holds) is a
-// Shape.
+// Launches the kernel. `aligned`: whether accesses of four elements are; shape_of(rows that a warp holds) is a Shape.
 template <bool kFused, typename ShapeOf>
-void launch_kernel(const KdaDecodeFusedParams& p, bool wide, ShapeOf&& shape_of, cudaStream_t stream) {
+void launch_kernel(const KdaDecodeFusedParams& p, bool aligned, ShapeOf&& shape_of, cudaStream_t stream) {
   dispatch_dtype(p.kda.dtype, [&]<typename T>() {
-    const auto run = [&]<int kVectors, bool kWide>() {
-      const Shape shape = shape_of(Tile<kVectors>::kWarpRows);
-      launch(kda_decode_kernel<T, kVectors, kFused, kWide>,
+    const auto run = [&]<typename Config>() {
+      const Shape shape = shape_of(Config::kWarpRows);
+      launch(kda_decode_kernel<Config>,
              dim3(static_cast<unsigned>(p.kda.num_sequences), static_cast<unsigned>(p.kda.num_value_heads),
                   static_cast<unsigned>(shape.slices)),
-             dim3(static_cast<unsigned>(shape.warps * kWarp)),
-             p.kda.tokens_per_sequence * sizeof(Token<Tile<kVectors>::kKeys>), stream, p,
-             static_cast<int>(p.kda.num_value_heads / p.kda.num_heads));
+             dim3(static_cast<unsigned>(shape.warps * kWarp)), p.kda.tokens_per_sequence * sizeof(Token<Config::kKeys>),
+             stream, p, static_cast<int>(p.kda.num_value_heads / p.kda.num_heads));
     };
-    if (!wide) {
-      run.template operator()<8, false>();  // fits every key_dim; zeros beyond it change no bit
-    } else if (p.kda.key_dim <= Tile<2>::kKeys) {
-      run.template operator()<2, true>();
-    } else if (p.kda.key_dim <= Tile<4>::kKeys) {
-      run.template operator()<4, true>();
+    if (aligned && p.kda.key_dim == 64) {
+      run.template operator()<Config<T, 2, kFused, false>>();
+    } else if (aligned && p.kda.key_dim == 128) {
+      run.template operator()<Config<T, 4, kFused, false>>();
+    } else if (aligned && p.kda.key_dim == 256) {
+      run.template operator()<Config<T, 8, kFused, false>>();
     } else {
-      run.template operator()<8, true>();
+      run.template operator()<Config<T, 8, kFused, true>>();
     }
   });
 }
 
 // Whether accesses of four elements are aligned, in what both operators read and write.
-inline bool wide_kda(const KdaDecodeParams& p) {
+inline bool aligned_kda(const KdaDecodeParams& p) {
   return aligned_to(16, p.state, p.dt_bias) && aligned_to(4 * size_of(p.dtype), p.out) &&
          aligned_to(4 * size_of(p.g_dtype), p.g) &&
          multiples_of(4, p.state_slot_stride, p.out_token_stride, p.out_head_stride, p.g_token_stride, p.g_head_stride);

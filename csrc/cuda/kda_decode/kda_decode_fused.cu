@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 128;
 
 // Grid: (sequence, 4 q or k channels a thread).
-template <typename T, bool kWide>
+template <typename T, bool kGeneral>
 __global__ void __launch_bounds__(kThreads) write_qk_conv_state_kernel(KdaDecodeFusedParams p) {
   using namespace kda_decode_impl;
   const int64_t n = blockIdx.x;
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) write_qk_conv_state_kernel(KdaDecode
   const int32_t slot = p.kda.slots[n];
   const int commit = tokens_committed(p.kda, n);
   if (slot < 0 || commit == 0 || channel >= 2 * p.kda.num_heads * p.kda.key_dim) return;
-  const Convolution<T, kWide> conv(p, n, slot);
+  const Convolution<T, kGeneral> conv(p, n, slot);
   Packed<T, 4> next[kPast];
   conv.next_state(commit, channel, next);
   conv.write_state(channel, next);
@@ -35,16 +35,16 @@ size_t kda_decode_fused_workspace_bytes(const KdaDecodeFusedParams&) {
 void kda_decode_fused(const KdaDecodeFusedParams& p, cudaStream_t stream) {
   namespace impl = kda_decode_impl;
   const uintptr_t bytes = 4 * size_of(p.kda.dtype);
-  const bool wide =
-      impl::wide_kda(p.kda) && aligned_to(bytes, p.qkv, p.conv_weight, p.conv_state, p.norm_gate, p.norm_weight) &&
+  const bool aligned =
+      impl::aligned_kda(p.kda) && aligned_to(bytes, p.qkv, p.conv_weight, p.conv_state, p.norm_gate, p.norm_weight) &&
       multiples_of(4, p.qkv_token_stride, p.conv_state_slot_stride, p.norm_gate_token_stride, p.norm_gate_head_stride);
   // All warps, even where there are fewer rows: a thread each for every four channels of q, k and v.
   static_assert(impl::kMaxWarps * kWarp * 4 >= 3 * impl::kMaxDim);
-  impl::launch_kernel<true>(p, wide, [](int) { return impl::Shape{impl::kMaxWarps, 1}; }, stream);
+  impl::launch_kernel<true>(p, aligned, [](int) { return impl::Shape{impl::kMaxWarps, 1}; }, stream);
   if (p.kda.num_value_heads == p.kda.num_heads) return;
   const int64_t blocks = ceil_div<int64_t>(2 * p.kda.num_heads * p.kda.key_dim, 4 * kThreads);
   dispatch_dtype(p.kda.dtype, [&]<typename T>() {
-    launch(wide ? write_qk_conv_state_kernel<T, true> : write_qk_conv_state_kernel<T, false>,
+    launch(aligned ? write_qk_conv_state_kernel<T, false> : write_qk_conv_state_kernel<T, true>,
            dim3(static_cast<unsigned>(p.kda.num_sequences), static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream,
            p);
   });
