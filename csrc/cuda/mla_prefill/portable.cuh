@@ -25,6 +25,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/common/attention.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/ptx.h"
 #include "cuda/mla_prefill/tiles.cuh"
@@ -343,8 +344,7 @@ __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillPara
     total += __shfl_xor_sync(0xffffffffu, total, 2);
     inverse[r] = blind ? 0.0f : 1.0f / total;
     if (p.lse && lane % 4 == 0 && row < tile.rows) {
-      p.lse[(tile.q_at + row) * p.num_heads + tile.head] =
-          blind ? -INFINITY : (max_log2[r] + log2f(total)) * 0.69314718055994531f;
+      p.lse[(tile.q_at + row) * p.num_heads + tile.head] = blind ? -INFINITY : natural_lse(max_log2[r], total);
     }
   }
   const int64_t out_at = tile.q_at * p.out_stride + tile.head * p.out_head_stride;
@@ -398,7 +398,7 @@ void launch_portable(const MlaPrefillParams& p, cudaStream_t stream) {
                                    p.k_rope_stride, p.v_stride, p.v_head_stride, p.out_stride, p.out_head_stride);
   const int64_t num_tiles = max_query_tiles(p, kRows);
   // The sign goes to q, and 0 becomes a number that only a masked s = -inf survives.
-  const float scale = std::max(std::abs(p.scale) * 1.4426950408889634f, 1e-37f);
+  const float scale = std::max(std::abs(p.scale) * kLog2E, 1e-37f);
   const dim3 grid(static_cast<unsigned>(num_tiles * p.num_heads));
   launch(vector ? mla_prefill_kernel<T, true> : mla_prefill_kernel<T, false>, grid, dim3(kThreads),
          sizeof(PrefillShared<T>), stream, p, num_tiles, scale);
