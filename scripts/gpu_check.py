@@ -192,7 +192,7 @@ def judge_sanitizer(tool: str, code: int, output: str) -> tuple[bool, str]:
     findings = int(summary[-1])
     if tool == "initcheck":  # sees torch's kernels too, which read what tests leave uninitialised on purpose
         blocks = re.split(r"^========= (?=Uninitialized )", output, flags=re.MULTILINE)[1:]
-        ours = sum("kimi" in block.split("\n=========     Saved host backtrace")[0] for block in blocks)
+        ours = sum(re.search(r"^=+ +at [^\n]*kimi", block, re.MULTILINE) is not None for block in blocks)
         more = findings > len(blocks)  # not all were printed
         findings = ours or (findings if more else 0)
     if findings:

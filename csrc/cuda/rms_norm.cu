@@ -20,6 +20,7 @@ struct RmsNormShared {
 };
 
 // `Width` elements per access: kVec<T> where everything is aligned for it, else 1.
+// SASS: 16-byte loads
 template <typename T, int Width>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormParams p) {
   RmsNormShared& shared = shared_memory<RmsNormShared>();
