@@ -83,7 +83,7 @@ class Kernel:
     marks: set[str]
 
     def owns(self, symbol: str) -> bool:
-        return re.search(rf"(?<!\d){len(self.name)}{self.name}(?=[IEv])", symbol) is not None
+        return re.search(rf"{len(self.name)}{self.name}[IEv]", symbol) is not None
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------------

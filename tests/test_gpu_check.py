@@ -183,7 +183,8 @@ def test_build_that_is_not_there(tmp_path):
     with pytest.raises(CannotCheck, match="--no-build, but there is no"):
         gpu_check.build(tmp_path, allowed=False)
     (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "_ops.so").touch()  # now, so newer than every source
+    (tmp_path / "lib" / "_ops.so").touch()
+    os.utime(tmp_path / "lib" / "_ops.so", (0, 0))  # older than the sources, but there is nothing to build it with
     assert gpu_check.build(tmp_path, allowed=False) == gpu_check.build(tmp_path, allowed=True) == tmp_path / "lib"
 
 

@@ -20,6 +20,7 @@ struct MlaCacheWriteShared {
 };
 
 // `Width` elements per access: kVec<T> where everything is aligned for it, else 1.
+// SASS: 16-byte loads
 template <typename T, int Width>
 __global__ void __launch_bounds__(kMaxThreads) mla_cache_write_kernel(MlaCacheWriteParams p) {
   MlaCacheWriteShared& shared = shared_memory<MlaCacheWriteShared>();
