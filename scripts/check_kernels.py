@@ -163,19 +163,19 @@ def check_code(kernels: list[Kernel], codes: list[Code], *, instructions: bool, 
             errors += [f"{where}: no tensor-core instruction in {c.symbol}" for c in of_16_bits or own if not c.tensor_cores]
         elif any(code.tensor_cores for code in own):
             errors.append(f"{where}: has tensor-core instructions {unsaid} {TENSOR_CORES}")
+        types = {code.element_type for code in own}
+        narrow = types - {code.element_type for code in own if code.wide_loads}
         if WIDE_LOADS in kernel.marks:
-            for element_type in sorted({code.element_type for code in own}):
-                if not any(code.wide_loads for code in own if code.element_type == element_type):
-                    errors.append(f"{where}: no instantiation for {element_type} elements has 16-byte loads")
-        elif any(code.wide_loads for code in own):
+            errors += [f"{where}: no instantiation for {name} elements has 16-byte loads" for name in sorted(narrow)]
+        elif not narrow:
             errors.append(f"{where}: has 16-byte loads {unsaid} {WIDE_LOADS}")
     return errors
 
 
 def check_log(name: str, text: str) -> list[str]:
-    """Warnings of ptxas, and what it says of serialised wgmma."""
+    """Warnings of ptxas, and what it says of serialised wgmma. (Spills are seen in the code, where kernels may be excused.)"""
     bad = [line.strip() for line in text.splitlines() if re.search(r"ptxas.*(warning|error)|C7508|C7510", line, re.IGNORECASE)]
-    return [f"{name}: {line}" for line in bad]
+    return [f"{name}: {line}" for line in bad if "Registers are spilled" not in line]
 
 
 def report(kernels: list[Kernel], codes: list[Code]) -> str:

@@ -154,7 +154,8 @@ def test_warnings_of_the_assembler():
         "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ... in the function 'f'"
     )
     spilled = "ptxas warning : Registers are spilled to local memory in function 'f', 16 bytes spill stores, 16 bytes spill loads"
-    assert check_log("op", f"{serialised}\n  {spilled}\n") == [f"op: {serialised}", f"op: {spilled}"]
+    other = "ptxas warning : something else"
+    assert check_log("op", f"{serialised}\n{spilled}\n  {other}\n") == [f"op: {serialised}", f"op: {other}"]
 
 
 def test_a_build_without_kernels(tmp_path):
