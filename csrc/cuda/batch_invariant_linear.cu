@@ -70,6 +70,7 @@ struct LinearStream {
   }
 };
 
+// SASS: tensor cores, 16-byte loads
 template <typename T, int kTiles, int kStages, bool kAligned>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, kStreamWarpsPerSm / kStreamWarps)
     linear_stream(const __grid_constant__ LinearStream<T, kTiles> problem) {

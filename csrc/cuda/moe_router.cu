@@ -35,6 +35,7 @@ struct FewShared {
   float partial[kSegments][16][8];  // segment, token, expert
 };
 
+// SASS: tensor cores, 16-byte loads
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kSegments* kWarp) few_logits(const __grid_constant__ DenseShape p) {
   auto& shared = shared_memory<FewShared>();

@@ -109,6 +109,7 @@ struct DecodeUp {
   }
 };
 
+// SASS: tensor cores, 16-byte loads
 template <typename T>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, kStreamWarpsPerSm / kStreamWarps)
     decode_up(const __grid_constant__ DecodeUp<T> problem) {
@@ -169,6 +170,7 @@ struct DecodeDown {
   }
 };
 
+// SASS: tensor cores, 16-byte loads
 template <typename T>
 __global__ void __launch_bounds__(kDecodeWarps* kWarp)
     decode_down(const __grid_constant__ MoeExpertsParams p, const __grid_constant__ Workspace w) {
