@@ -41,6 +41,7 @@ __device__ __forceinline__ Packed<T, kVec<T>> load_part(const T* row, int64_t c,
 }
 
 // Which lane holds which element does not depend on `Wide`, and so neither do the result's bits.
+// SASS: 16-byte loads
 template <typename T, bool Wide>
 __global__ void __launch_bounds__(kThreads) gated_rms_norm_kernel(GatedRmsNormParams p, int lanes_per_row) {
   constexpr int kWidth = kVec<T>;

@@ -148,6 +148,7 @@ struct Channels {
 };
 
 // `Width` channels a thread: kVec<T> where everything is aligned for it, else 1.
+// SASS: 16-byte loads
 template <typename T, int Width>
 __global__ void __launch_bounds__(kThreads, kResident)
     short_conv_kernel(ShortConvParams p, int run_tokens, int channel_blocks) {
