@@ -584,10 +584,9 @@ def effort_of(args: argparse.Namespace, kind: str) -> Effort:
 
 
 def default_device() -> str:
-    import kimi_native
+    import kimi_native  # noqa: F401  loads the operators
 
-    built = kimi_native._C is not None and kimi_native._C.build_facts().get("cuda")
-    return "cuda" if built and torch.cuda.is_available() else "cpu"
+    return "cuda" if torch.ops.kimi_native.cuda_build() not in ("", "emulated") and torch.cuda.is_available() else "cpu"
 
 
 def run_cases(cases_of: Iterable[Callable[[str], Iterable[Case]]], args: argparse.Namespace) -> Session | None:
