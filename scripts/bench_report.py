@@ -200,19 +200,22 @@ def draw(stem: str, records: list[Record]) -> bool:
     header = [r for r in records if r["record"] == "header"][-1]
     tflops, gbps = header["ceiling_tflops"], header["ceiling_gbps"]
     figure, axes = plt.subplots(figsize=(9, 5.5), dpi=110)
+    intensities: list[float] = []
     for family, ops in FAMILIES.items():
         cases = [r for r in records if r["record"] == "case" and r["op"] in ops and r.get("flops")]
         if cases:
             x, y = [c["flops"] / c["bytes"] for c in cases], [c["flops"] / c["us"] / 1e6 for c in cases]
             axes.scatter(x, y, s=22, alpha=0.75, label=family)
-    low, high = axes.get_xlim()
-    low, high = max(low, 1e-2), max(high, 4e3 * tflops / gbps)
+            intensities += x
     edge = tflops * 1e3 / gbps
+    low, high = min(intensities, default=edge) / 1.5, max([*intensities, 4 * edge]) * 1.5
     axes.plot([low, edge, high], [low * gbps / 1e3, tflops, tflops], color="black", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="flops per byte, of the problem", ylabel="TFLOP/s", xlim=(low, high))
+    axes.set(
+        xscale="log", yscale="log", xlabel="flops per byte, of the problem", ylabel="TFLOP/s", xlim=(low, high), ylim=(tflops / 1e5, None)
+    )
     axes.set_title(f"{header['machine']}: copy {gbps:,.0f} GB/s, matrix product {tflops:.4g} TFLOP/s")
     axes.grid(alpha=0.25, which="both")
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(plot_of(stem), metadata={"Software": None})
     plt.close(figure)
