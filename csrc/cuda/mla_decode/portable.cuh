@@ -57,6 +57,7 @@ struct alignas(128) DecodeShared {
   float s[kDepthGroups][kHeads][kScorePitch];
   T p[kHeads * kBlockRows];
   float rescale[kHeads], fold_old[kHeads], fold_added[kHeads], inverse[kHeads];
+  float unit_max[kHeads], unit_sum[kHeads], unit_rounded_sum[kHeads];  // of the unit's splits before
   Step steps[4];
   Cursor cursor;
   int64_t warp_blocks[kWarps], warp_units[kWarps];
@@ -228,6 +229,7 @@ class DecodeBlock {
     }
     __syncthreads();
     if (shared_.steps[0].rows == 0) return;
+    if (thread_ % kHeadThreads == 0) begin_unit(thread_ / kHeadThreads);
     find_pages(shared_.steps[0]);
     load_q(shared_.steps[0]);
     load_rows(shared_.steps[0], 0);
@@ -390,31 +392,33 @@ class DecodeBlock {
   // Folds the split's sums into the unit's; at the end of the unit they go to the workspace, or decide the output.
   __device__ void finish_split(const Step& step, int head) {
     const float sum = warp_sum<kHeadThreads>(sum_), rounded_sum = warp_sum<kHeadThreads>(rounded_sum_);
-    const FoldFactors factors(unit_max_, max_);
-    unit_max_ = factors.max;
-    unit_sum_ = fold(unit_sum_, factors.old, sum, factors.added);
-    unit_rounded_sum_ = fold(unit_rounded_sum_, factors.old, rounded_sum, factors.added);
-    if (thread_ % kHeadThreads == 0) {
-      shared_.fold_old[head] = factors.old;
-      shared_.fold_added[head] = factors.added;
-      if (step.unit_end) {
-        shared_.inverse[head] = step.whole ? 1.0f / unit_rounded_sum_ : 1.0f;
-        const int64_t n = step.whole ? step.seq : step.slot, at = n * p_.num_heads + first_head_ + head;
-        if (first_head_ + head < p_.num_heads) {
-          if (!step.whole) {
-            w_.max[at] = unit_max_;
-            w_.sum[at] = unit_sum_;
-            w_.rounded_sum[at] = unit_rounded_sum_;
-          } else if (p_.lse) {
-            p_.lse[at] = natural_lse(unit_max_, unit_sum_);
-          }
-        }
-      }
+    if (thread_ % kHeadThreads != 0) return;
+    const FoldFactors factors(shared_.unit_max[head], max_);
+    const float unit_sum = fold(shared_.unit_sum[head], factors.old, sum, factors.added);
+    const float unit_rounded_sum = fold(shared_.unit_rounded_sum[head], factors.old, rounded_sum, factors.added);
+    shared_.fold_old[head] = factors.old;
+    shared_.fold_added[head] = factors.added;
+    if (!step.unit_end) {
+      shared_.unit_max[head] = factors.max;
+      shared_.unit_sum[head] = unit_sum;
+      shared_.unit_rounded_sum[head] = unit_rounded_sum;
+      return;
     }
-    if (step.unit_end) {
-      unit_max_ = -INFINITY;
-      unit_sum_ = unit_rounded_sum_ = 0.0f;
+    begin_unit(head);
+    shared_.inverse[head] = 1.0f / unit_rounded_sum;
+    if (first_head_ + head >= p_.num_heads) return;
+    const int64_t at = (step.whole ? step.seq : step.slot) * p_.num_heads + first_head_ + head;
+    if (!step.whole) {
+      w_.max[at] = factors.max;
+      w_.sum[at] = unit_sum;
+      w_.rounded_sum[at] = unit_rounded_sum;
+    } else if (p_.lse) {
+      p_.lse[at] = natural_lse(factors.max, unit_sum);
     }
+  }
+  __device__ void begin_unit(int head) {
+    shared_.unit_max[head] = -INFINITY;
+    shared_.unit_sum[head] = shared_.unit_rounded_sum[head] = 0.0f;
   }
 
   // o += p v for this warp's columns.
@@ -518,8 +522,7 @@ class DecodeBlock {
   const int first_head_;
   const int thread_ = threadIdx.x, lane_ = thread_ % kWarp, warp_ = thread_ / kWarp;
   int pages_[2] = {};
-  float max_ = -INFINITY, sum_ = 0.0f, rounded_sum_ = 0.0f;                 // of the split
-  float unit_max_ = -INFINITY, unit_sum_ = 0.0f, unit_rounded_sum_ = 0.0f;  // of the unit's splits before
+  float max_ = -INFINITY, sum_ = 0.0f, rounded_sum_ = 0.0f;  // of the split
   float o_[kTiles][kWarpColumns / 8][4] = {}, unit_o_[kTiles][kWarpColumns / 8][4] = {};
 };
 

@@ -38,6 +38,9 @@ inline constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 inline constexpr int kWarpRows = 32;  // two m16 tiles: every fragment of k and v from shared memory is used twice
 inline constexpr int kRows = kWarps * kWarpRows;
 
+// Below every maximum, and finite: 2^(-inf - kNoMaximum) is 0.
+inline constexpr float kNoMaximum = -3e38f;
+
 template <typename T>
 struct alignas(128) PrefillShared {
   T q[kRows * kKeyDim];
@@ -194,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillPara
   float o[2][kValueDim / 8][4] = {};
   float max_log2[4], sum[4] = {};
 #pragma unroll
-  for (int r = 0; r < 4; ++r) max_log2[r] = -INFINITY;
+  for (int r = 0; r < 4; ++r) max_log2[r] = kNoMaximum;
 
 #pragma unroll 1
   for (int block = 0; block < num_blocks; ++block) {
@@ -209,13 +212,13 @@ __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillPara
     const int first_key = block * kKeyBlock;
     const bool active = first_key < tile.end_of(first_row, kWarpRows);
     float s[2][kKeyBlock / 8][4] = {};
-    float shift[4] = {};
     uint32_t probabilities[2][2][4];  // operand a of the second product for 16 keys, and for the next 16
     // Its register i of rows 16 m + [0, 16): rows g, g + 8, then the same of the next 8 keys.
     const auto exponentiate = [&](int k, int m, int i) {
       const int r = 2 * m + i % 2;
       const float* const pair = &s[m][2 * k + i / 2][i % 2 * 2];
-      const float lo = exp2_approx(fmaf(pair[0], scale, -shift[r])), hi = exp2_approx(fmaf(pair[1], scale, -shift[r]));
+      const float lo = exp2_approx(fmaf(pair[0], scale, -max_log2[r])),
+                  hi = exp2_approx(fmaf(pair[1], scale, -max_log2[r]));
       probabilities[k % 2][m][i] = pack2<T>(lo, hi);
       sum[r] += lo + hi;
     };
@@ -280,8 +283,6 @@ __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillPara
 #pragma unroll
         for (int r = 0; r < 4; ++r) sum[r] *= factor[r];
       }
-#pragma unroll
-      for (int r = 0; r < 4; ++r) shift[r] = max_log2[r] == -INFINITY ? 0.0f : max_log2[r];
 #pragma unroll
       for (int i = 0; i < 8; ++i) exponentiate(0, i / 4, i % 4);
     }
