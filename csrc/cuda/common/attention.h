@@ -31,6 +31,7 @@ __device__ __forceinline__ float natural_lse(float max_log2, float sum) {
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr int kAttentionRows = 16, kAttentionKeys = 64, kAttentionThreads = 128;
 inline constexpr int kAttentionColumns = 128;  // of values at a time
+inline constexpr int kAttentionBlocks = 3;     // on a multiprocessor, by their shared memory
 
 struct AttentionShared {
   static constexpr int kDepth = 64, kPitch = kDepth + 4;  // 4: rows of 8 threads in different banks

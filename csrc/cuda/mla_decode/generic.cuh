@@ -14,7 +14,7 @@ namespace kimi::cuda::mla_decode_detail {
 inline constexpr int kGenericChunks = 4, kGenericColumns = kGenericChunks * kAttentionColumns;
 
 template <typename T>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     mla_decode_generic_kernel(MlaDecodeParams p, Workspace w, int generic_units) {
   AttentionShared& shared = shared_memory<AttentionShared>();
   const int64_t seq = blockIdx.x / generic_units;

@@ -13,6 +13,7 @@
 namespace kimi::cuda::mla_decode_detail {
 
 inline constexpr int kMergeColumns = 128, kMergeWarps = 8;
+inline constexpr int kMergeBatch = 8;  // partial results whose loads are under way at once
 
 struct MergeShared {
   float o[kMaxSegments][kMergeColumns];
@@ -63,19 +64,28 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp)
     for (int segment = warp; segment < segments; segment += kMergeWarps) {
       Folded<4> folded;
       const int end = min((segment + 1) * segment_units, units);
-#pragma unroll 8
-      for (int unit = segment * segment_units; unit < end; ++unit) {
-        const int64_t at = (first_slot + unit) * p.num_heads + head;
-        const int64_t column = first_column + lane * 4;
-        const float* const from = w.o + at * p.latent_dim + column;
-        Vec<float, 4> x;
-        if constexpr (Released) {
-          x = load_vec<float, 4>(from);
-        } else {
+      for (int unit = segment * segment_units; unit < end; unit += kMergeBatch) {
+        Vec<float, 4> x[kMergeBatch];
+        float max[kMergeBatch], sum[kMergeBatch], rounded_sum[kMergeBatch];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) x.x[i] = column + i < p.latent_dim ? from[i] : 0.0f;
+        for (int i = 0; i < kMergeBatch; ++i) {
+          if (unit + i >= end) break;
+          const int64_t at = (first_slot + unit + i) * p.num_heads + head, column = first_column + lane * 4;
+          const float* const from = w.o + at * p.latent_dim + column;
+          if constexpr (Released) {
+            x[i] = load_vec<float, 4>(from);
+          } else {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) x[i].x[e] = column + e < p.latent_dim ? from[e] : 0.0f;
+          }
+          max[i] = w.max[at];
+          sum[i] = w.sum[at];
+          rounded_sum[i] = w.rounded_sum[at];
         }
-        folded.add(w.max[at], w.sum[at], w.rounded_sum[at], x.x);
+#pragma unroll
+        for (int i = 0; i < kMergeBatch; ++i) {
+          if (unit + i < end) folded.add(max[i], sum[i], rounded_sum[i], x[i].x);
+        }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) shared.o[segment][lane * 4 + i] = folded.o[i];

@@ -57,6 +57,7 @@ struct alignas(128) DecodeShared {
   float s[kDepthGroups][kHeads][kScorePitch];
   T p[kHeads * kBlockRows];
   float rescale[kHeads], fold_old[kHeads], fold_added[kHeads], inverse[kHeads];
+  float unit_max[kHeads], unit_sum[kHeads], unit_rounded_sum[kHeads];  // of the unit's splits before
   Step steps[4];
   Cursor cursor;
   int64_t warp_blocks[kWarps], warp_units[kWarps];
@@ -178,9 +179,9 @@ __device__ __forceinline__ Step next_step(const MlaDecodeParams& p, bool by_spli
 }
 
 // 8 elements from global to shared memory; zeros when not valid. Plain loads where addresses are not multiples of 16.
-template <typename T>
-__device__ __forceinline__ void copy_chunk(bool vector, T* to, const T* from, bool valid) {
-  if (vector) {
+template <typename T, bool Vector>
+__device__ __forceinline__ void copy_chunk(T* to, const T* from, bool valid) {
+  if constexpr (Vector) {
     cp_async_16(to, from, valid);
   } else {
     Vec<T, 8> chunk;
@@ -190,14 +191,27 @@ __device__ __forceinline__ void copy_chunk(bool vector, T* to, const T* from, bo
   }
 }
 
-// What of the launch the kernel is told: whether the cache and q may be read by 16 bytes.
+// n / divisor for 0 <= n < 2^31 by a multiplication: magic = ceil(2^(31 + k) / divisor) with 2^k >= divisor.
+struct Divider {
+  uint32_t divisor, magic;
+  int shift;
+  explicit Divider(uint32_t divisor) : divisor(divisor), shift(31) {
+    while (uint64_t{1} << (shift - 31) < divisor) ++shift;
+    magic = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+  __device__ int operator()(int n) const {
+    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * magic >> shift);
+  }
+};
+
 struct DecodeOptions {
-  bool cache_vector, q_vector;
+  Divider page_size;
   int full;     // segments that fill the device
   float scale;  // log2 units per unit of q k, positive; the sign of p.scale goes to q
 };
 
-template <typename T, int kHeads>
+// `Vector`: q and the cache may be read by 16 bytes.
+template <typename T, int kHeads, bool Vector>
 class DecodeBlock {
   static constexpr int kTiles = kHeads / 16;                                                       // m16 tiles of heads
   static constexpr int kHeadThreads = kThreads / kHeads, kThreadKeys = kBlockRows / kHeadThreads;  // in the softmax
@@ -215,6 +229,7 @@ class DecodeBlock {
     }
     __syncthreads();
     if (shared_.steps[0].rows == 0) return;
+    if (thread_ % kHeadThreads == 0) begin_unit(thread_ / kHeadThreads);
     find_pages(shared_.steps[0]);
     load_q(shared_.steps[0]);
     load_rows(shared_.steps[0], 0);
@@ -250,8 +265,7 @@ class DecodeBlock {
     for (int half = 0; half < 2; ++half) {
       const int row = thread_ / 8 + 32 * half;
       if (row >= step.rows) continue;
-      const int64_t page = (step.first_row + row) / static_cast<int>(p_.page_size);
-      pages_[half] = p_.block_table[step.seq * p_.block_table_stride + page];
+      pages_[half] = p_.block_table[step.seq * p_.block_table_stride + options_.page_size(step.first_row + row)];
     }
   }
 
@@ -261,12 +275,12 @@ class DecodeBlock {
     for (int half = 0; half < 2; ++half) {
       const int row = thread_ / 8 + 32 * half, chunk = thread_ % 8;
       const bool valid = row < step.rows;
-      const int in_page = (step.first_row + row) % static_cast<int>(p_.page_size);
+      const int at = step.first_row + row, in_page = at - options_.page_size(at) * options_.page_size.divisor;
       const T* from = static_cast<const T*>(p_.cache) + chunk * 8;
       if (valid) from += pages_[half] * p_.page_stride + in_page * kRowDim;
       T* const to = &shared_.rows[buffer][row * kRowDim + (chunk ^ row % 8) * 8];
 #pragma unroll
-      for (int i = 0; i < kRowDim / 64; ++i) copy_chunk(options_.cache_vector, to + 64 * i, from + 64 * i, valid);
+      for (int i = 0; i < kRowDim / 64; ++i) copy_chunk<T, Vector>(to + 64 * i, from + 64 * i, valid);
     }
   }
 
@@ -277,8 +291,8 @@ class DecodeBlock {
 #pragma unroll 3
     for (int i = thread_; i < kHeads * (kRowDim / 8); i += kThreads) {
       const int head = i / (kRowDim / 8), chunk = i % (kRowDim / 8);
-      copy_chunk(options_.q_vector, &shared_.q[head * kRowDim + (chunk ^ head % 8) * 8],
-                 q + head * p_.q_head_stride + chunk * 8, first_head_ + head < p_.num_heads);
+      copy_chunk<T, Vector>(&shared_.q[head * kRowDim + (chunk ^ head % 8) * 8],
+                            q + head * p_.q_head_stride + chunk * 8, first_head_ + head < p_.num_heads);
     }
   }
   // Each thread what it has loaded.
@@ -378,31 +392,33 @@ class DecodeBlock {
   // Folds the split's sums into the unit's; at the end of the unit they go to the workspace, or decide the output.
   __device__ void finish_split(const Step& step, int head) {
     const float sum = warp_sum<kHeadThreads>(sum_), rounded_sum = warp_sum<kHeadThreads>(rounded_sum_);
-    const FoldFactors factors(unit_max_, max_);
-    unit_max_ = factors.max;
-    unit_sum_ = fold(unit_sum_, factors.old, sum, factors.added);
-    unit_rounded_sum_ = fold(unit_rounded_sum_, factors.old, rounded_sum, factors.added);
-    if (thread_ % kHeadThreads == 0) {
-      shared_.fold_old[head] = factors.old;
-      shared_.fold_added[head] = factors.added;
-      if (step.unit_end) {
-        shared_.inverse[head] = step.whole ? 1.0f / unit_rounded_sum_ : 1.0f;
-        const int64_t n = step.whole ? step.seq : step.slot, at = n * p_.num_heads + first_head_ + head;
-        if (first_head_ + head < p_.num_heads) {
-          if (!step.whole) {
-            w_.max[at] = unit_max_;
-            w_.sum[at] = unit_sum_;
-            w_.rounded_sum[at] = unit_rounded_sum_;
-          } else if (p_.lse) {
-            p_.lse[at] = natural_lse(unit_max_, unit_sum_);
-          }
-        }
-      }
+    if (thread_ % kHeadThreads != 0) return;
+    const FoldFactors factors(shared_.unit_max[head], max_);
+    const float unit_sum = fold(shared_.unit_sum[head], factors.old, sum, factors.added);
+    const float unit_rounded_sum = fold(shared_.unit_rounded_sum[head], factors.old, rounded_sum, factors.added);
+    shared_.fold_old[head] = factors.old;
+    shared_.fold_added[head] = factors.added;
+    if (!step.unit_end) {
+      shared_.unit_max[head] = factors.max;
+      shared_.unit_sum[head] = unit_sum;
+      shared_.unit_rounded_sum[head] = unit_rounded_sum;
+      return;
     }
-    if (step.unit_end) {
-      unit_max_ = -INFINITY;
-      unit_sum_ = unit_rounded_sum_ = 0.0f;
+    begin_unit(head);
+    shared_.inverse[head] = 1.0f / unit_rounded_sum;
+    if (first_head_ + head >= p_.num_heads) return;
+    const int64_t at = (step.whole ? step.seq : step.slot) * p_.num_heads + first_head_ + head;
+    if (!step.whole) {
+      w_.max[at] = factors.max;
+      w_.sum[at] = unit_sum;
+      w_.rounded_sum[at] = unit_rounded_sum;
+    } else if (p_.lse) {
+      p_.lse[at] = natural_lse(factors.max, unit_sum);
     }
+  }
+  __device__ void begin_unit(int head) {
+    shared_.unit_max[head] = -INFINITY;
+    shared_.unit_sum[head] = shared_.unit_rounded_sum[head] = 0.0f;
   }
 
   // o += p v for this warp's columns.
@@ -506,15 +522,14 @@ class DecodeBlock {
   const int first_head_;
   const int thread_ = threadIdx.x, lane_ = thread_ % kWarp, warp_ = thread_ / kWarp;
   int pages_[2] = {};
-  float max_ = -INFINITY, sum_ = 0.0f, rounded_sum_ = 0.0f;                 // of the split
-  float unit_max_ = -INFINITY, unit_sum_ = 0.0f, unit_rounded_sum_ = 0.0f;  // of the unit's splits before
+  float max_ = -INFINITY, sum_ = 0.0f, rounded_sum_ = 0.0f;  // of the split
   float o_[kTiles][kWarpColumns / 8][4] = {}, unit_o_[kTiles][kWarpColumns / 8][4] = {};
 };
 
-template <typename T, int kHeads>
+template <typename T, int kHeads, bool Vector>
 __global__ void __launch_bounds__(kThreads, 1)
     mla_decode_kernel(MlaDecodeParams p, Workspace workspace, DecodeOptions options) {
-  DecodeBlock<T, kHeads>(p, workspace, options, shared_memory<DecodeShared<T, kHeads>>()).run();
+  DecodeBlock<T, kHeads, Vector>(p, workspace, options, shared_memory<DecodeShared<T, kHeads>>()).run();
 }
 
 template <typename T>
@@ -522,17 +537,20 @@ void launch_portable(const MlaDecodeParams& p, const Workspace& workspace, cudaS
   const int tile_heads = p.num_heads <= 16 ? 16 : 32;
   const int head_tiles = static_cast<int>(ceil_div<int64_t>(p.num_heads, tile_heads));
   const int blocks = std::max(1, multiprocessors() / head_tiles);
-  DecodeOptions options;
-  options.cache_vector = aligned_to(16, p.cache) && multiples_of(8, p.page_stride);
-  options.q_vector = aligned_to(16, p.q) && multiples_of(8, p.q_seq_stride, p.q_head_stride);
-  options.full = ceil_div(3 * blocks, 5);
-  // 0 becomes a number that only a masked s = -inf survives.
-  options.scale = std::max(std::abs(p.scale) * kLog2E, 1e-37f);
+  // Scale: 0 becomes a number that only a masked s = -inf survives.
+  const DecodeOptions options = {.page_size = Divider(static_cast<uint32_t>(p.page_size)),
+                                 .full = ceil_div(3 * blocks, 5),
+                                 .scale = std::max(std::abs(p.scale) * kLog2E, 1e-37f)};
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(head_tiles));
+  const auto run = [&]<int kHeads, bool Vector>() {
+    launch(mla_decode_kernel<T, kHeads, Vector>, grid, dim3(kThreads), sizeof(DecodeShared<T, kHeads>), stream, p,
+           workspace, options);
+  };
+  const bool vector = aligned_to(16, p.cache, p.q) && multiples_of(8, p.page_stride, p.q_seq_stride, p.q_head_stride);
   if (tile_heads == 16) {
-    launch(mla_decode_kernel<T, 16>, grid, dim3(kThreads), sizeof(DecodeShared<T, 16>), stream, p, workspace, options);
+    vector ? run.template operator()<16, true>() : run.template operator()<16, false>();
   } else {
-    launch(mla_decode_kernel<T, 32>, grid, dim3(kThreads), sizeof(DecodeShared<T, 32>), stream, p, workspace, options);
+    vector ? run.template operator()<32, true>() : run.template operator()<32, false>();
   }
 }
 

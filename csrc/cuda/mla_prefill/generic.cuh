@@ -12,7 +12,8 @@
 namespace kimi::cuda::mla_prefill_detail {
 
 template <typename T>
-__global__ void __launch_bounds__(kAttentionThreads) mla_prefill_generic_kernel(MlaPrefillParams p, int64_t num_tiles) {
+__global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
+    mla_prefill_generic_kernel(MlaPrefillParams p, int64_t num_tiles) {
   AttentionShared& shared = shared_memory<AttentionShared>();
   const QueryTile tile = query_tile(p, kAttentionRows, num_tiles, (p.nope_dim + p.value_dim) * sizeof(T));
   if (tile.rows == 0) return;
