@@ -165,9 +165,10 @@ def fused(batch: int, dtype: torch.dtype, device: str) -> Job:
 def cases(device: str) -> Iterator[Case]:
     def case(op: str, batch: int, tokens: int, dtype: torch.dtype) -> Case:
         name = f"B={batch} S={tokens} H={HEADS} {name_of(dtype)}"
+        core = tokens == 1 and batch in (1, 64)
         if op == "kda_decode":
-            return Case(op, name, lambda: plain(batch, tokens, dtype, device))
-        return Case(op, name, lambda: fused(batch, dtype, device))
+            return Case(op, name, lambda: plain(batch, tokens, dtype, device), core)
+        return Case(op, name, lambda: fused(batch, dtype, device), core)
 
     if device == "cpu":
         yield case("kda_decode", 1, 1, torch.float32)

@@ -1,6 +1,7 @@
 """mla_merge against the same in torch operations, at the model's 32 heads of 128."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from harness import Case, Job, close, main
@@ -37,7 +38,8 @@ def job(num_tokens: int, device: str) -> Job:
 
 def cases(device: str) -> Iterator[Case]:
     for num_tokens in (64, 2048) if device == "cpu" else (512, 2048, 8192, 16384):
-        yield Case("mla_merge", f"T={num_tokens} H={HEADS} D={DIM} f32", lambda t=num_tokens: job(t, device))
+        name = f"T={num_tokens} H={HEADS} D={DIM} f32"
+        yield Case("mla_merge", name, partial(job, num_tokens, device), core=num_tokens == 8192)
 
 
 if __name__ == "__main__":

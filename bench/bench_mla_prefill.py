@@ -91,7 +91,8 @@ def job(lengths: tuple[int, ...], prefix: int, dtype: torch.dtype, device: str) 
 def cases(device: str) -> Iterator[Case]:
     def case(lengths: tuple[int, ...], dtype: torch.dtype, prefix: int = 0) -> Case:
         name = name_of_lengths(lengths) + (f" prefix={prefix}" if prefix else "")
-        return Case("mla_prefill", f"{name} H={HEADS} {name_of(dtype)}", lambda: job(lengths, prefix, dtype, device))
+        core = lengths in ((2048,), (8192,), (1024,) * 8) and prefix in (0, 32768)
+        return Case("mla_prefill", f"{name} H={HEADS} {name_of(dtype)}", lambda: job(lengths, prefix, dtype, device), core)
 
     if device == "cpu":
         for dtype in (torch.float32, torch.bfloat16):

@@ -82,6 +82,7 @@ class Case:
     op: str
     name: str  # shape and dtype, e.g. "T=512 D=2304 bf16"
     make: Callable[[], Job]
+    core: bool = False  # of the few that are run first, and alone with --quick on a GPU
 
     def __str__(self) -> str:
         return f"{self.op} {self.name}"
@@ -100,7 +101,7 @@ class Samples:
 
     seconds: list[float] = field(default_factory=list)
     timing: str = "clock"  # or "graph", "events": the module's docstring
-    eager_us: float | None = None  # a call in a loop of calls from Python, the host's part included
+    eager_us: float | None = None  # a call in a loop of calls from Python: the host's part counts, the cache is warm
 
     @property
     def median_us(self) -> float:
@@ -243,9 +244,10 @@ class Cuda:
         c = torch.empty_like(a)
         source = torch.ones(1 << 30, device="cuda")  # 4 GiB
         target = torch.empty_like(source)
-        functions = {"gemm": lambda: torch.mm(a, b, out=c), "copy": lambda: target.copy_(source)}
-        samples = self.measure(functions, Effort(repeats=20, budget_s=1.0))
-        gemm, copy = (samples[name].min_us / 1e6 for name in ("gemm", "copy"))
+        gemm = self.measure({"": lambda: torch.mm(a, b, out=c)}, Effort(repeats=20, budget_s=0.5))[""].min_us / 1e6
+        # Both ways that a copy may take: the copy that the driver chooses, and a kernel.
+        copies = {"copy": lambda: target.copy_(source), "kernel": lambda: torch.neg(source, out=target)}
+        copy = min(s.min_us for s in self.measure(copies, Effort(repeats=20, budget_s=1.0)).values()) / 1e6
         return Ceilings(2 * 8192**3 / gemm / 1e12, "bf16 8192^3", 2 * source.numel() * 4 / copy / 1e9)
 
     def measure(self, functions: Mapping[str, Call], effort: Effort) -> dict[str, Samples]:
@@ -266,19 +268,24 @@ class Cuda:
 
     def path_of(self, run: Call) -> Record:
         """By the names of the kernels that run: those of the Hopper path have sm90 in theirs."""
-        from torch.profiler import ProfilerActivity, profile
-
-        try:
-            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-                run()
-                torch.cuda.synchronize()
-            names = [event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        except RuntimeError:  # no CUPTI on this machine
-            names = []
+        names = self._activities(run)
         kernels = [name for name in names if not name.startswith(("Memset", "Memcpy"))]
         if not kernels:
             return {"path": "portable" if os.environ.get("KIMI_CUDA_PATH") == "portable" else "unknown"}
         return {"path": "sm90" if any("sm90" in name for name in kernels) else "portable", "kernels": len(kernels)}
+
+    @staticmethod
+    def _activities(run: Call) -> list[str]:
+        """Names of the kernels, copies and fills of one call; empty without a profiler on this machine."""
+        from torch.profiler import ProfilerActivity, profile
+
+        try:
+            with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
+                run()
+                torch.cuda.synchronize()
+            return [event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        except RuntimeError:
+            return []
 
     def release(self) -> None:
         if torch.cuda.memory_reserved() > self._properties.total_memory // 3:
@@ -305,6 +312,13 @@ class Cuda:
         except Exception:  # it synchronises, say
             torch.cuda.synchronize()
             return function, samples
+        if any(name.startswith("Memcpy") for name in self._activities(function)):
+            # In a graph a copy takes another engine than outside, which may be slower: the better of the two counts.
+            both: dict[str, Call] = {"graph": graph.replay, "events": function}
+            tried = {name: Samples() for name in both}
+            self._sample(both, tried, 5)
+            if tried["events"].median_us < tried["graph"].median_us:
+                return function, samples
         samples.timing = "graph"
         return graph.replay, samples
 
@@ -374,6 +388,7 @@ class Session:
     effort: Effort
     records: list[Record] = field(default_factory=list)
     failed: int = 0
+    kept: list[Record] | None = None  # what the file held before this run
 
     @classmethod
     def start(cls, kind: str, effort: Effort, peer_libs: Path | None = None) -> Session:
@@ -436,7 +451,7 @@ class Session:
         ours = samples.pop("")
         seconds = ours.median_us / 1e6
         compute_s, memory_s = job.flops / self.ceilings.tflops / 1e12, job.bytes / self.ceilings.gbps / 1e9
-        record = {
+        record: Record = {
             "record": "case",
             "op": case.op,
             "case": case.name,
@@ -458,7 +473,7 @@ class Session:
             record["tokens_per_s"] = _digits(job.tokens / seconds)
         peers = []
         for name in job.peers:
-            peer_record = {"record": "peer", "op": case.op, "case": case.name, "peer": name}
+            peer_record: Record = {"record": "peer", "op": case.op, "case": case.name, "peer": name}
             if name in problems:
                 peer_record["error"] = problems[name]
             else:
@@ -475,10 +490,12 @@ class Session:
         return [record, *peers]
 
     def write(self, path: Path) -> None:
-        if not self.records:
-            return
+        """Everything so far, into a file of results; may be called after every case."""
+        if self.kept is None:
+            self.kept = json.loads(path.read_text()) if path.exists() else []
         after = getattr(self.device, "after", None)
-        write_json(path, self.head | (after() if after is not None and not self.device.broken() else {}), self.records)
+        state = after() if after is not None and not self.device.broken() else {}
+        write_json(path, self.kept, self.head | state, self.records)
 
     def results_file(self) -> Path:
         return RESULTS / f"{self.device.results}.json"
@@ -492,7 +509,7 @@ def line_of(records: list[Record]) -> str:
         known = "peer_us" in peer
         notes.append(f"{peer['peer']} {peer['peer_us']:.1f}us {peer['ratio']:.2f}x" if known else f"{peer['peer']}: {peer['error'][:90]}")
     return (
-        f"{record['op']:<20} {record['case']:<36} {record['us']:>10.1f} {record['us_min']:>10.1f} {record['tflops']:>8.4g} "
+        f"{record['op']:<20} {record['case']:<36} {record['us']:>10.1f} {record['us_min']:>10.1f} {record['tflops']:>8.3f} "
         f"{record['gbps']:>7.1f} {record['roof_pct']:>6.1f}  {'  '.join(notes)}"
     ).rstrip()
 
@@ -525,19 +542,20 @@ def header(device: Device, ceilings: Ceilings, peer_libs: Path | None = None) ->
     }
 
 
-def write_json(path: Path, head: Record, records: Iterable[Record]) -> None:
-    """Adds a run to a file of records, one per line of a JSON array.
+def write_json(path: Path, kept: list[Record], head: Record, records: Iterable[Record]) -> None:
+    """Writes what a file of results held and a run: one record per line of a JSON array.
 
     The records of a case (its own and those of its peers, or its failure) are replaced by the new ones of the same op and case.
     Every record names the header of its run by `run`; headers that no record names any more are dropped.
     """
-    kept: list[Record] = json.loads(path.read_text()) if path.exists() else []
     run = max((r["run"] for r in kept), default=0) + 1
     fresh = [{"record": r["record"], "run": run, **r} for r in records]
     replaced = {(r["op"], r["case"]) for r in fresh}
     results = [r for r in kept if r["record"] != "header" and (r["op"], r["case"]) not in replaced] + fresh
     used = {r["run"] for r in results}
-    headers = [r for r in kept if r["record"] == "header" and r["run"] in used] + [{"record": "header", "run": run, **head}]
+    headers = [r for r in kept if r["record"] == "header" and r["run"] in used]
+    if fresh:
+        headers.append({"record": "header", "run": run, **head})
     results.sort(key=lambda r: (r["op"], r["run"]))  # stable: peers stay behind their case
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(json.dumps(r) for r in headers + results) + "\n]\n")
@@ -548,11 +566,12 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=sorted(DEVICES), help="default: cuda where there is a GPU and a build for it")
     parser.add_argument("--filter", default="", help="only cases whose 'op case' contains this regular expression")
     parser.add_argument("--json", nargs="?", type=Path, const=Path(), help="add the results to this file (bench/results/<device>.json)")
-    parser.add_argument("--quick", action="store_true", help="few repeats: does it run, not how fast")
+    parser.add_argument("--quick", action="store_true", help="few repeats (does it run, not how fast); on a GPU the core cases only")
     parser.add_argument("--list", action="store_true", help="only print the cases")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--repeats", type=int, help="timed calls of a case at most (default 50; 30 on a GPU)")
     parser.add_argument("--seconds", type=float, help="time for a case, peers included (default 3; 0.6 on a GPU)")
+    parser.add_argument("--budget-s", type=float, help="wall clock of the whole run: stops between two cases when it is over")
     parser.add_argument("--peer-libs", type=Path, help="folder with _flashkda_C*.so and _flashmla_C*.so (bench/peers.py)")
     return parser
 
@@ -565,49 +584,53 @@ def effort_of(args: argparse.Namespace, kind: str) -> Effort:
 
 
 def default_device() -> str:
-    import kimi_native
+    import kimi_native  # noqa: F401  loads the operators
 
-    built = kimi_native._C is not None and kimi_native._C.build_facts().get("cuda")
-    return "cuda" if built and torch.cuda.is_available() else "cpu"
+    return "cuda" if torch.ops.kimi_native.cuda_build() not in ("", "emulated") and torch.cuda.is_available() else "cpu"
 
 
-def run_cases(makers: Iterable[Callable[[str], Iterable[Case]]], args: argparse.Namespace) -> Session | None:
-    """Runs what the arguments ask for; None when only the names were asked for."""
+def run_cases(cases_of: Iterable[Callable[[str], Iterable[Case]]], args: argparse.Namespace) -> Session | None:
+    """Runs what the arguments ask for, the core cases first; None when only the names were asked for or nothing matched."""
     import peers
 
+    began = time.monotonic()
     kind = args.device or default_device()
     if kind == "cuda" and not args.list and not torch.cuda.is_available():
         sys.exit("no CUDA device: --device cpu runs the CPU backend")
     if args.threads:
         torch.set_num_threads(args.threads)
-    peers.use(args.peer_libs)
     wanted = re.compile(args.filter)
-    session: Session | None = None
-    for maker in makers:
-        for case in maker(kind):
-            if not wanted.search(str(case)):
-                continue
-            if args.list:
-                print(case)
-                continue
-            session = session or Session.start(kind, effort_of(args, kind), args.peer_libs)
-            if not session.run(case):
-                return session
+    cases = [case for of_device in cases_of for case in of_device(kind) if wanted.search(str(case))]
+    if args.quick and kind != "cpu":
+        cases = [case for case in cases if case.core]
+    if args.list:
+        for case in cases:
+            print(case)
+        return None
+    if not cases:
+        sys.exit(f"no case matches {args.filter!r}")
+    peers.use(args.peer_libs)
+    session = Session.start(kind, effort_of(args, kind), args.peer_libs)
+    for i, case in enumerate(sorted(cases, key=lambda c: kind != "cpu" and not c.core)):
+        if args.budget_s and time.monotonic() - began > args.budget_s:
+            print(f"--budget-s is over: {len(cases) - i} cases were not run", flush=True)
+            break
+        goes_on = session.run(case)
+        if args.json is not None:
+            session.write(session.results_file() if args.json == Path() else args.json)
+        if not goes_on:
+            break
+    print(f"# {len(cases)} cases, {time.monotonic() - began:.0f} s", flush=True)
     return session
 
 
 def main(cases: Callable[[str], Iterable[Case]]) -> None:
     """The command line of every bench_<op>.py. `cases` gets the kind of device, "cpu" or "cuda"."""
-    args = arguments((sys.modules["__main__"].__doc__ or "").strip() or None).parse_args()
-    finish(run_cases([cases], args), args.json)
+    finish(run_cases([cases], arguments((sys.modules["__main__"].__doc__ or "").strip() or None).parse_args()))
 
 
-def finish(session: Session | None, path: Path | None) -> None:
-    if session is None:
-        return
-    if path is not None:
-        session.write(session.results_file() if path == Path() else path)
-    if session.failed:
+def finish(session: Session | None) -> None:
+    if session is not None and session.failed:
         sys.exit(f"{session.failed} case{'s' if session.failed > 1 else ''} failed")
 
 

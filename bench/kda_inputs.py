@@ -36,9 +36,9 @@ def inputs(tokens: tuple[int, ...], heads: int, dtype: torch.dtype, device: str)
         return torch.randn(*tokens, *shape, dtype=dtype, device=device)
 
     dt = torch.empty(heads, DIM, device=device).uniform_(-6.9, -2.3).exp()
+    q, k, v, g, beta = normal(heads, DIM), normal(heads, DIM), normal(heads, DIM), normal(heads, DIM), normal(heads)
     return Inputs(
-        *(normal(heads, DIM) for _ in range(4)),
-        beta=normal(heads),
+        *(q, k, v, g, beta),
         A_log=torch.empty(heads, device=device).uniform_(1, 16).log(),
         dt_bias=dt + torch.log(-torch.expm1(-dt)),  # softplus of it is dt
     )

@@ -1,6 +1,19 @@
 import pytest
 import torch
-from kit import DEVICES, FLOAT_DTYPES, Guarded, assert_close, assert_same_bits, opcheck, randn, strided, threads
+from kit import (
+    DEVICE_DTYPES,
+    DEVICES,
+    Guarded,
+    assert_close,
+    assert_same_bits,
+    cuda_backend,
+    graph_replays,
+    needs_gpu,
+    opcheck,
+    randn,
+    strided,
+    threads,
+)
 from spec.moe_router import MAX_R, TIE, scores
 from spec.moe_router import moe_router as spec
 
@@ -26,8 +39,7 @@ def check(weights, ids, score, bias, top_k, scale, renormalize):
     return (ids == ref_ids).double().mean().item()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_against_spec(shape, renormalize, dtype, device):
@@ -94,8 +106,7 @@ def test_nan_and_infinite_logits(device):
     assert_same_bits(weights[4:], clean[0], "beside NaN")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_strides_given_outputs_and_nothing_outside(dtype, device):
     x, weight, bias = randn(30, 50, dtype=dtype, device=device), randn(37, 50, dtype=dtype, device=device, seed=1), randn(37, device=device)
     plain = moe_router(x, weight, bias, top_k=5)
@@ -110,8 +121,7 @@ def test_strides_given_outputs_and_nothing_outside(dtype, device):
     )
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_a_token_has_the_same_bits_in_every_batch(dtype, device):
     x, weight, bias = (
         randn(150, 300, dtype=dtype, device=device),
@@ -137,19 +147,71 @@ def test_opcheck():
     opcheck(torch.ops.kimi_native.moe_router, (None, None, bias, logits, 3, 1.5, False, *out))
 
 
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_real_width_in_every_batch(dtype, device):
+    """All kernels of the logits at once: few tokens, small and large tiles; and what the sum over 2304 columns costs in accuracy."""
+    x, weight = randn(400, 2304, dtype=dtype, device=device), randn(256, 2304, dtype=dtype, device=device, seed=1, scale=2304**-0.5)
+    bias = randn(256, device=device, seed=2, scale=0.1)
+    weights, ids = moe_router(x, weight, bias, top_k=8, scale=2.446)
+    same = check(weights.cpu(), ids.cpu(), scores(x, weight).cpu(), bias.cpu(), 8, 2.446, True)
+    assert same > 0.998
+    for rows in (1, 16, 17, 64, 65, 130):
+        part = moe_router(x[100 : 100 + rows], weight, bias, top_k=8, scale=2.446)
+        assert_same_bits(part[0], weights[100 : 100 + rows], f"{rows} tokens")
+        assert_same_bits(part[1], ids[100 : 100 + rows], f"{rows} tokens")
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_memory_that_is_not_aligned(tokens, dtype, device):
+    x, weight = randn(tokens, 72, dtype=dtype, device=device), randn(40, 72, dtype=dtype, device=device, seed=1)
+    bias = randn(40, device=device, seed=2)
+    plain = moe_router(x, weight, bias, top_k=5)
+    moved = torch.cat([x.new_full((1,), float("nan")), x.flatten()])[1:].view(tokens, 72)
+    again = moe_router(moved, weight, bias, top_k=5)
+    assert_same_bits(again[0], plain[0])
+    assert_same_bits(again[1], plain[1])
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 40, 3000])
+def test_graph_replay(tokens):
+    x, weight = randn(tokens, 2304, dtype=torch.bfloat16, device="cuda"), randn(256, 2304, dtype=torch.bfloat16, device="cuda", seed=1)
+    bias = randn(256, device="cuda", seed=2)
+    out = torch.empty(tokens, 8, device="cuda"), torch.empty(tokens, 8, dtype=torch.int32, device="cuda")
+    graph_replays(lambda: moe_router(x, weight, bias, top_k=8, out=out), list(out))
+
+
+@needs_gpu
+def test_tensors_past_2_to_the_31_elements():
+    dim, e = 2304, 16
+    tokens = 2**31 // dim + 80
+    last, weight = randn(100, dim, dtype=torch.bfloat16, device="cuda"), randn(e, dim, dtype=torch.bfloat16, device="cuda", seed=1)
+    x = torch.zeros(tokens, dim, dtype=torch.bfloat16, device="cuda")
+    x[-100:] = last
+    bias = torch.zeros(e, device="cuda")
+    weights, ids = moe_router(x, weight, bias, top_k=4)
+    few_weights, few_ids = moe_router(last, weight, bias, top_k=4)
+    assert_same_bits(weights[-100:], few_weights)
+    assert_same_bits(ids[-100:], few_ids)
+
+
 @pytest.mark.skipif(kimi_native._C is None, reason="built without the pybind11 module")
-def test_raw_pointers():
+@pytest.mark.parametrize("device", DEVICES)
+def test_raw_pointers(device):
     c = kimi_native._C
-    x, weight, bias = randn(30, 50), randn(37, 50, seed=1), randn(37)
-    weights, ids = torch.empty(30, 4), torch.empty(30, 4, dtype=torch.int32)
+    x, weight, bias = randn(30, 50, device=device), randn(37, 50, seed=1, device=device), randn(37, device=device)
+    weights, ids = torch.empty(30, 4, device=device), torch.empty(30, 4, dtype=torch.int32, device=device)
+    on = "cuda" if cuda_backend(device) else "cpu"
+    stream = (torch.cuda.current_stream().cuda_stream,) if device == "cuda" else ()
     p = c.MoeRouterParams()
     p.x, p.weight, p.bias, p.weights, p.ids = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), weights.data_ptr(), ids.data_ptr()
     p.num_tokens, p.dim, p.num_experts, p.top_k, p.x_stride, p.weight_stride, p.scale = 30, 50, 37, 4, 50, 50, 2.5
     with pytest.raises(c.Error, match="workspace must not be null"):
-        c.moe_router_cpu(p)
-    workspace = torch.empty(c.moe_router_workspace_bytes_cpu(p), dtype=torch.uint8)
+        getattr(c, f"moe_router_{on}")(p, *stream)
+    workspace = torch.empty(getattr(c, f"moe_router_workspace_bytes_{on}")(p), dtype=torch.uint8, device=device)
     p.workspace = workspace.data_ptr()
-    c.moe_router_cpu(p)
+    getattr(c, f"moe_router_{on}")(p, *stream)
     want = moe_router(x, weight, bias, top_k=4, scale=2.5)
     assert_same_bits(weights, want[0])
     assert_same_bits(ids, want[1])

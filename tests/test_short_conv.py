@@ -157,7 +157,9 @@ def test_tensors_past_2_to_the_31_elements():
     pool[-1] = randn(3, channels, dtype=torch.bfloat16, device="cuda", seed=2)
     pool[0] = pool[-1]
     cu = i32(0, tokens - 66, tokens, device="cuda")
-    out = short_conv(x, weight, pool, i32(1, len(pool) - 1, device="cuda"), cu, has_initial_state=torch.tensor([False, True], device="cuda"))
+    out = short_conv(
+        x, weight, pool, i32(1, len(pool) - 1, device="cuda"), cu, has_initial_state=torch.tensor([False, True], device="cuda")
+    )
     small = pool[:1].clone()
     last = short_conv(x[-66:].clone(), weight, small, i32(0, device="cuda"), i32(0, 66, device="cuda"))
     assert_same_bits(out[-66:], last)

@@ -23,6 +23,9 @@ static const Register batch_invariant_linear([](Module& m) {
       .value("dtype", &P::dtype)
       .value("out_dtype", &P::out_dtype);
   cpu_entry<P>(m, "batch_invariant_linear_cpu", &cpu::batch_invariant_linear);
+#ifdef KIMI_CUDA
+  cuda_entry<P>(m, "batch_invariant_linear_cuda", &cuda::batch_invariant_linear);
+#endif
 });
 
 }  // namespace kimi::bindings

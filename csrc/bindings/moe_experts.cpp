@@ -27,6 +27,10 @@ static const Register moe_experts([](Module& m) {
       .value("dtype", &P::dtype);
   cpu_size<P>(m, "moe_experts_workspace_bytes_cpu", &cpu::moe_experts_workspace_bytes);
   cpu_entry<P>(m, "moe_experts_cpu", &cpu::moe_experts);
+#ifdef KIMI_CUDA
+  cuda_size<P>(m, "moe_experts_workspace_bytes_cuda", &cuda::moe_experts_workspace_bytes);
+  cuda_entry<P>(m, "moe_experts_cuda", &cuda::moe_experts);
+#endif
 });
 
 }  // namespace kimi::bindings

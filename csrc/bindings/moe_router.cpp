@@ -26,6 +26,10 @@ static const Register moe_router([](Module& m) {
       .value("dtype", &P::dtype);
   cpu_size<P>(m, "moe_router_workspace_bytes_cpu", &cpu::moe_router_workspace_bytes);
   cpu_entry<P>(m, "moe_router_cpu", &cpu::moe_router);
+#ifdef KIMI_CUDA
+  cuda_size<P>(m, "moe_router_workspace_bytes_cuda", &cuda::moe_router_workspace_bytes);
+  cuda_entry<P>(m, "moe_router_cuda", &cuda::moe_router);
+#endif
 });
 
 }  // namespace kimi::bindings

@@ -26,25 +26,17 @@ void linear(const BatchInvariantLinearParams& p) {
 
 void batch_invariant_linear(const BatchInvariantLinearParams& p) {
   if (p.num_tokens == 0 || p.num_groups == 0 || p.out_features == 0) return;
-  if (p.dtype == DType::kF32) {
-    linear<float, float>(p);
-  } else if (p.out_dtype == DType::kF32) {
-    linear<bf16, float>(p);
-  } else {
-    linear<bf16, bf16>(p);
-  }
+  KIMI_CPU_DISPATCH_DTYPE(p.dtype, T, [&] { p.out_dtype == DType::kF32 ? linear<T, float>(p) : linear<T, T>(p); });
 }
 
 }  // namespace kimi::cpu::KIMI_ISA
 
 #ifdef KIMI_ISA_IS_BASE
 void kimi::validate(const BatchInvariantLinearParams& p) {
-  const auto supported = [](DType t) { return t == DType::kF32 || t == DType::kBF16; };
   KIMI_CHECK(p.num_tokens >= 0, "batch_invariant_linear: num_tokens must not be negative, got ", p.num_tokens);
   KIMI_CHECK(p.num_groups >= 0, "batch_invariant_linear: num_groups must not be negative, got ", p.num_groups);
   KIMI_CHECK(p.out_features >= 0, "batch_invariant_linear: out_features must not be negative, got ", p.out_features);
   KIMI_CHECK(p.in_features >= 1, "batch_invariant_linear: in_features must be positive, got ", p.in_features);
-  KIMI_CHECK(supported(p.dtype), "batch_invariant_linear: dtype must be float32 or bfloat16, got ", name_of(p.dtype));
   KIMI_CHECK(p.out_dtype == p.dtype || p.out_dtype == DType::kF32,
              "batch_invariant_linear: out must have the dtype of x or float32, got ", name_of(p.out_dtype));
   if (p.num_tokens == 0 || p.num_groups == 0 || p.out_features == 0) return;

@@ -216,8 +216,6 @@ void kimi::validate(const MoeExpertsParams& p) {
   KIMI_CHECK(p.shared_inner >= 0, "moe_experts: shared_inner must not be negative, got ", p.shared_inner);
   KIMI_CHECK(p.num_tokens * p.top_k <= INT32_MAX, "moe_experts: num_tokens * top_k must fit 32 bits, got ",
              p.num_tokens * p.top_k);
-  KIMI_CHECK(p.dtype == DType::kF32 || p.dtype == DType::kBF16, "moe_experts: dtype must be float32 or bfloat16, got ",
-             name_of(p.dtype));
   if (p.num_tokens == 0) return;
   KIMI_CHECK(p.x && p.w13 && p.w2 && p.topk_weights && p.topk_ids && p.out,
              "moe_experts: x, w13, w2, topk_weights, topk_ids and out must not be null");

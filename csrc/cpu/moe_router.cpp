@@ -109,8 +109,6 @@ void kimi::validate(const MoeRouterParams& p) {
   KIMI_CHECK(p.top_k >= 1 && p.top_k <= p.kMaxTopK && p.top_k <= p.num_experts, "moe_router: top_k must be 1 to ",
              p.kMaxTopK, " and at most num_experts = ", p.num_experts, ", got ", p.top_k);
   KIMI_CHECK(p.logits || p.dim >= 1, "moe_router: dim must be positive, got ", p.dim);
-  KIMI_CHECK(p.dtype == DType::kF32 || p.dtype == DType::kBF16, "moe_router: dtype must be float32 or bfloat16, got ",
-             name_of(p.dtype));
   if (p.num_tokens == 0) return;
   KIMI_CHECK(p.logits || (p.x && p.weight), "moe_router: x and weight, or logits, must not be null");
   KIMI_CHECK(p.bias && p.weights && p.ids, "moe_router: bias, weights and ids must not be null");

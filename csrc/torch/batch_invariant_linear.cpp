@@ -41,8 +41,8 @@ BatchInvariantLinearParams batch_invariant_linear_params(const Tensor& x, const 
   return p;
 }
 
-void batch_invariant_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& out) {
-  cpu::batch_invariant_linear(batch_invariant_linear_params(x, weight, out));
+void batch_invariant_linear(const Tensor& x, const Tensor& weight, const Tensor& out) {
+  run(x, batch_invariant_linear_params(x, weight, out), KIMI_BACKENDS(batch_invariant_linear));
 }
 
 }  // namespace
@@ -53,5 +53,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("batch_invariant_linear", TORCH_BOX(&kimi::torch_glue::batch_invariant_linear_cpu));
+  m.impl("batch_invariant_linear", TORCH_BOX(&kimi::torch_glue::batch_invariant_linear));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("batch_invariant_linear", TORCH_BOX(&kimi::torch_glue::batch_invariant_linear));
 }

@@ -63,16 +63,16 @@ MoeExpertsParams moe_experts_params(const Tensor& x, const Tensor& w13, const Te
   return p;
 }
 
-void moe_experts_cpu(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& topk_weights,
-                     const Tensor& topk_ids, const OptionalTensor& shared_w13, const OptionalTensor& shared_w2,
-                     const Tensor& out) {
+void moe_experts(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& topk_weights,
+                 const Tensor& topk_ids, const OptionalTensor& shared_w13, const OptionalTensor& shared_w2,
+                 const Tensor& out) {
   MoeExpertsParams p = moe_experts_params(x, w13, w2, topk_weights, topk_ids, shared_w13, shared_w2, out);
   if (p.num_tokens == 0) return validate(p);
-  const auto bytes = static_cast<int64_t>(cpu::moe_experts_workspace_bytes(p));
+  const auto bytes = static_cast<int64_t>(workspace_bytes(x, p, KIMI_BACKENDS(moe_experts_workspace_bytes)));
   const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   p.workspace = mutable_pointer(workspace);
   validate(p);
-  cpu::moe_experts(p);
+  run(x, p, KIMI_BACKENDS(moe_experts));
 }
 
 }  // namespace
@@ -85,5 +85,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("moe_experts", TORCH_BOX(&kimi::torch_glue::moe_experts_cpu));
+  m.impl("moe_experts", TORCH_BOX(&kimi::torch_glue::moe_experts));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("moe_experts", TORCH_BOX(&kimi::torch_glue::moe_experts));
 }

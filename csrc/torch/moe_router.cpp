@@ -55,17 +55,16 @@ MoeRouterParams moe_router_params(const OptionalTensor& x, const OptionalTensor&
   return p;
 }
 
-void moe_router_cpu(const OptionalTensor& x, const OptionalTensor& weight, const Tensor& bias,
-                    const OptionalTensor& logits, int64_t top_k, double scale, bool renormalize, const Tensor& weights,
-                    const Tensor& ids) {
+void moe_router(const OptionalTensor& x, const OptionalTensor& weight, const Tensor& bias, const OptionalTensor& logits,
+                int64_t top_k, double scale, bool renormalize, const Tensor& weights, const Tensor& ids) {
   MoeRouterParams p = moe_router_params(x, weight, bias, logits, top_k, scale, renormalize, weights, ids);
   OptionalTensor workspace;
-  if (const auto bytes = static_cast<int64_t>(cpu::moe_router_workspace_bytes(p)); bytes > 0) {
-    workspace = torch::stable::new_empty(bias, {bytes}, ScalarType::Byte);
+  if (const size_t bytes = workspace_bytes(bias, p, KIMI_BACKENDS(moe_router_workspace_bytes)); bytes > 0) {
+    workspace = torch::stable::new_empty(bias, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
     p.workspace = mutable_pointer(workspace);
   }
   validate(p);
-  cpu::moe_router(p);
+  run(bias, p, KIMI_BACKENDS(moe_router));
 }
 
 }  // namespace
@@ -78,5 +77,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("moe_router", TORCH_BOX(&kimi::torch_glue::moe_router_cpu));
+  m.impl("moe_router", TORCH_BOX(&kimi::torch_glue::moe_router));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("moe_router", TORCH_BOX(&kimi::torch_glue::moe_router));
 }

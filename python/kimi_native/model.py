@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 # anchored at position 0, so that how a prompt is split into chunks does not change in which order a row meets its keys.
 PREFIX_PIECE_TOKENS = 8192
 
-# Up to so many rows a projection is bound by reading its weights, and our GEMM reads them faster than torch's (docs/moe.md); with
-# more rows the library's is the default.
-FEW_ROWS = 16
+# Up to so many rows a projection is bound by reading its weights, and our GEMM reads them 1.6 to 2 times faster than torch's on the
+# CPUs that it was measured on (docs/moe.md); with more rows, and on a GPU, the library's is the default.
+FEW_ROWS = {"cpu": 16, "cuda": 0}
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -222,10 +222,12 @@ class KimiLinear:
         self.config, self.weights, self.tokenizer = config, weights, tokenizer
         self.batch_invariant = batch_invariant
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self._few_rows = FEW_ROWS[self.device.type]
+        # W_UK as [heads, L, nope], rows to project on; 4 MB a layer at the released size
         self._absorb = [
-            a.kv_b[:, : config.qk_nope_head_dim].transpose(1, 2).contiguous()  # W_UK as [heads, L, nope], rows to project on
+            a.kv_b[:, : config.qk_nope_head_dim].transpose(1, 2).contiguous()
             for a in (layer.attention for layer in weights.layers)
-            if isinstance(a, MlaWeights) and batch_invariant
+            if isinstance(a, MlaWeights)
         ]
 
     @classmethod
@@ -373,17 +375,22 @@ class KimiLinear:
         return self._linear(x, self.weights.lm_head).float()
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.batch_invariant or x.shape[0] <= FEW_ROWS:
+        if self.batch_invariant or x.shape[0] <= self._few_rows:
             return ops.batch_invariant_linear(x, weight)
         return F.linear(x, weight)
+
+    def _grouped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, G, K], weight [G, N, K]; out [T, G, N], with strides of its own."""
+        if self.batch_invariant or x.shape[0] <= self._few_rows:
+            return ops.batch_invariant_linear(x, weight)
+        return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
     def _kda(self, x: Tensor, w: KdaWeights, batch: Batch, states: Tensor, conv_states: Tensor) -> Tensor:
         """Kimi Delta Attention: short convolutions on q, k, v; gated delta rule; per-head norm with an output gate."""
         c, p, split = self.config, self.config.kda_dim, batch.num_prefill_tokens
         heads, dim = c.kda_num_heads, c.kda_head_dim
-        qkv, f_a, beta, g_a = self._linear(x, w.in_proj).split([3 * p, dim, heads, dim], dim=-1)
-        forget = self._linear(f_a, w.f_b).view(-1, heads, dim)
-        gate = self._linear(g_a, w.g_b).view(-1, heads, dim)
+        qkv, gates_a, beta = self._linear(x, w.in_proj).split([3 * p, 2 * dim, heads], dim=-1)
+        forget, gate = self._grouped_linear(gates_a.unflatten(-1, (2, dim)), w.gates_b).unflatten(-1, (heads, dim)).unbind(1)
         out = x.new_empty(x.shape[0], heads, dim)
         if split:
             mixed = ops.short_conv(
@@ -448,17 +455,12 @@ class KimiLinear:
         """The query is projected into the latent space, so that the cache rows are keys and values themselves."""
         c = self.config
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        w_uk, w_uv = w.kv_b.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
-        if self.batch_invariant:
-            absorbed = ops.batch_invariant_linear(q_nope, self._absorb[index])
-        else:
-            absorbed = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
+        w_uv = w.kv_b[:, c.qk_nope_head_dim :]
+        absorbed = self._grouped_linear(q_nope, self._absorb[index])
         o = ops.mla_decode(
             torch.cat([absorbed, q_rope], dim=-1), pages, batch.decode_block_table, batch.decode_lengths, scale, latent_dim=c.kv_lora_rank
         )
-        if self.batch_invariant:
-            return ops.batch_invariant_linear(o, w_uv)
-        return torch.bmm(o.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+        return self._grouped_linear(o, w_uv)
 
     def _mlp(self, x: Tensor, w: MlpWeights) -> Tensor:
         if self.batch_invariant:  # one expert that takes every token: the fixed-order GEMMs of moe_experts, SwiGLU included

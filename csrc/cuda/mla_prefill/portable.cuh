@@ -103,6 +103,7 @@ __device__ __forceinline__ bool is_finite(float x) {
 }
 
 // `scale`: log2 units per unit of q k, positive.
+// SASS: tensor cores, 16-byte loads
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillParams p, int64_t num_tiles, float scale) {
   PrefillShared<T>& shared = shared_memory<PrefillShared<T>>();

@@ -31,8 +31,12 @@ struct BatchInvariantLinearParams {
 
 void validate(const BatchInvariantLinearParams& p);
 
-namespace cpu {
+namespace cpu {  // dtype float32 or bfloat16
 void batch_invariant_linear(const BatchInvariantLinearParams& p);
+}
+
+namespace cuda {
+void batch_invariant_linear(const BatchInvariantLinearParams& p, cudaStream_t stream);
 }
 
 }  // namespace kimi

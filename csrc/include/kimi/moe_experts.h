@@ -5,8 +5,9 @@
 //
 // A slot whose id is -1 (or outside [0, num_experts)) is skipped; a token of nothing but such slots gets the shared
 // expert alone, or zeros. The sum runs over the slots in their order s = 0, 1, ..., then the shared expert. Everything
-// between x and out is fp32: the activations between the two products are not rounded to dtype. Every element is
-// computed in one order of operations whatever the other tokens are and whichever experts they take.
+// between x and out is fp32, but for one thing: on a GPU the activations between the two products (silu(gate) * up) are
+// rounded to dtype, since its matrix instructions take no fp32 operand beside 16-bit weights. Every element is computed
+// in one order of operations whatever the other tokens are and whichever experts they take.
 #pragma once
 
 #include "kimi/common.h"
@@ -22,7 +23,7 @@ struct MoeExpertsParams {
   const void* shared_w13 = nullptr;     // [2 * shared_inner, dim] dtype, contiguous; may be null
   const void* shared_w2 = nullptr;      // [dim, shared_inner] dtype, contiguous; may be null
   void* out = nullptr;                  // [num_tokens, dim] dtype; may be x
-  void* workspace = nullptr;            // cpu::moe_experts_workspace_bytes(p) bytes, aligned to 64
+  void* workspace = nullptr;            // moe_experts_workspace_bytes(p) bytes of the backend, aligned to 64
 
   int64_t num_tokens = 0;
   int64_t dim = 0;
@@ -38,10 +39,15 @@ struct MoeExpertsParams {
 
 void validate(const MoeExpertsParams& p);
 
-namespace cpu {
-// The slots in the order of the experts, and their activations and results; the pointers of p are not read.
+// Workspace: the slots in the order of the experts, and their activations and results; the pointers of p are not read.
+namespace cpu {  // dtype float32 or bfloat16
 size_t moe_experts_workspace_bytes(const MoeExpertsParams& p);
 void moe_experts(const MoeExpertsParams& p);
 }  // namespace cpu
+
+namespace cuda {  // num_experts up to 16384
+size_t moe_experts_workspace_bytes(const MoeExpertsParams& p);
+void moe_experts(const MoeExpertsParams& p, cudaStream_t stream);
+}  // namespace cuda
 
 }  // namespace kimi

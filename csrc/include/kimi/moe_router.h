@@ -1,6 +1,6 @@
 // moe_router: which experts each token takes, and with what weight.
 //
-//   logits[t, e] = sum_d x[t, d] * weight[e, d]        fp32, in the fixed order of batch_invariant_linear; or given
+//   logits[t, e] = sum_d x[t, d] * weight[e, d]        fp32, in one order whatever the other tokens are; or given
 //   score        = sigmoid(logits)
 //   ids[t, :]    = the top_k experts by score + bias   descending; of equal ones the lowest id; NaN comes last
 //   weights[t,s] = score[t, ids[t, s]] * scale                                  without renormalize
@@ -24,7 +24,7 @@ struct MoeRouterParams {
   const float* logits = nullptr;  // [num_tokens, num_experts]; may be null
   float* weights = nullptr;       // [num_tokens, top_k], contiguous
   int32_t* ids = nullptr;         // [num_tokens, top_k], contiguous
-  void* workspace = nullptr;      // cpu::moe_router_workspace_bytes(p) bytes, aligned to 64
+  void* workspace = nullptr;      // moe_router_workspace_bytes(p) bytes of the backend, aligned to 64
 
   int64_t num_tokens = 0;
   int64_t dim = 0;
@@ -41,10 +41,15 @@ struct MoeRouterParams {
 
 void validate(const MoeRouterParams& p);
 
-namespace cpu {
-// The logits when they are not given; of the pointers only whether `logits` is null is read.
+// Workspace: the logits when they are not given; of the pointers only whether `logits` is null is read.
+namespace cpu {  // dtype float32 or bfloat16
 size_t moe_router_workspace_bytes(const MoeRouterParams& p);
 void moe_router(const MoeRouterParams& p);
 }  // namespace cpu
+
+namespace cuda {
+size_t moe_router_workspace_bytes(const MoeRouterParams& p);
+void moe_router(const MoeRouterParams& p, cudaStream_t stream);
+}  // namespace cuda
 
 }  // namespace kimi

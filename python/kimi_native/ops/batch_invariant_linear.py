@@ -10,7 +10,7 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, *, out: Tensor | None = No
     """``x @ weight.T`` with one fixed order of operations per output element.
 
     Args:
-        x: ``[..., K]``, float32 or bfloat16, contiguous in the last dimension; with a grouped weight ``[T, G, K]``.
+        x: ``[..., K]``, float32 or bfloat16 (on a GPU also float16), contiguous in the last dimension; with a grouped weight ``[T, G, K]``.
         weight: ``[N, K]``, or ``[G, N, K]`` for one matrix per group (per head): ``out[t, g] = weight[g] @ x[t, g]``. The
             dtype of ``x``; rows contiguous, any stride between them.
         out: ``[..., N]`` or ``[T, G, N]``, in the dtype of ``x`` or in float32; must not overlap ``x``. A new tensor of the
@@ -22,7 +22,7 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, *, out: Tensor | None = No
     Raises:
         RuntimeError: shapes, dtypes or devices do not agree; the text names the tensor.
 
-    A row has the same bits alone, in a batch of any size and at any thread count, which ``torch.nn.functional.linear`` does
+    A row has the same bits alone and in a batch of any size (on a CPU, at any thread count too), which ``torch.nn.functional.linear`` does
     not promise (libraries choose another blocking, so another rounding, for another number of rows). One row streams the
     weight at memory speed; docs/moe.md says what the promise costs with many.
     """

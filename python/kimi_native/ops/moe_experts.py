@@ -22,7 +22,7 @@ def moe_experts(
     ``E(x) = w2 @ (silu(w13[:I] @ x) * (w13[I:] @ x))`` for the expert ``topk_ids[t, s]``.
 
     Args:
-        x: ``[T, D]``, float32 or bfloat16, contiguous in the last dimension.
+        x: ``[T, D]``, float32 or bfloat16 (on a GPU also float16), contiguous in the last dimension.
         w13: ``[E, 2 * I, D]``, the dtype of ``x``, contiguous: the I gate rows of each expert, then its I up rows.
         w2: ``[E, D, I]``, the dtype of ``x``, contiguous.
         topk_weights: ``[T, k]`` float32, contiguous.
@@ -37,10 +37,10 @@ def moe_experts(
     Raises:
         RuntimeError: shapes, dtypes or devices do not agree; the text names the tensor.
 
-    Everything between ``x`` and ``out`` is fp32: the gated activations are not rounded to bfloat16 between the two products,
-    nor are the experts' results before the weighted sum, which runs over the slots in their order and ends with the shared
-    expert. A token's bits do not depend on the other tokens of the call. Scratch is ``4 * T * k * (I + D)`` bytes and a little.
-    Source: ``KimiLinearExperts`` of transformers 5.23, which rounds in between.
+    Everything between ``x`` and ``out`` is fp32, with one exception on a GPU: the gated activations are rounded to the dtype of
+    ``x`` between the two products. The experts' results are not rounded before the weighted sum, which runs over the slots in
+    their order and ends with the shared expert. A token's bits do not depend on the other tokens of the call. Scratch is
+    ``4 * T * k * (I + D)`` bytes and a little. Source: ``KimiLinearExperts`` of transformers 5.23, which rounds in more places.
     """
     if out is None:
         out = torch.empty_like(x)

@@ -23,7 +23,7 @@ def moe_router(
     ``score / (sum of the chosen scores + 1e-20) * scale``.
 
     Args:
-        x: ``[T, D]``, float32 or bfloat16, contiguous in the last dimension. None when ``logits`` are given.
+        x: ``[T, D]``, float32 or bfloat16 (on a GPU also float16), contiguous in the last dimension. None when ``logits`` are given.
         weight: ``[E, D]``, the dtype of ``x``; E up to 512. None when ``logits`` are given.
         bias: ``[E]`` float32, contiguous.
         top_k: experts per token, up to 32 and at most E.
@@ -40,8 +40,8 @@ def moe_router(
     Raises:
         RuntimeError: shapes, dtypes or devices do not agree, or a size is not supported; the text names the tensor.
 
-    Logits are fp32 sums of exact products (bfloat16 is converted first) in the fixed order of `batch_invariant_linear`, so a
-    token's choice does not depend on other tokens. Source: DeepSeek-V3, arXiv:2412.19437, and ``KimiLinearTopkRouter`` of
+    Logits are fp32 sums of exact products (bfloat16 is converted first) in a fixed order, so a token's choice does not depend
+    on other tokens. Source: DeepSeek-V3, arXiv:2412.19437, and ``KimiLinearTopkRouter`` of
     transformers 5.23.
     """
     if out is None:
