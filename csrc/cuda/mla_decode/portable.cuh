@@ -32,6 +32,7 @@ namespace kimi::cuda::mla_decode_detail {
 inline constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 inline constexpr int kDepthGroups = 4, kKeyGroups = kWarps / kDepthGroups;  // of warps in q k^T
 inline constexpr int kGroupKeys = kBlockRows / kKeyGroups;
+inline constexpr int kDepthSteps = kRowDim / 16 / kDepthGroups;
 inline constexpr int kWarpColumns = kLatentDim / kWarps;
 inline constexpr int kScorePitch = kBlockRows + 8;  // 8: the two-word accesses of four rows in different banks
 
@@ -46,8 +47,20 @@ struct Step {
 // Where the next step is: block `block` of sequence `seq`, whose first one is number `seq_start` of all sequences'
 // blocks, one sequence after the other. Units that begin at number `stop` or later are for other thread blocks.
 struct Cursor {
-  int64_t seq_start, stop;
-  int seq, last_seq, length, block, unit_end, slot;
+  int seq_start, stop;
+  int seq, length, blocks, split_blocks, unit_blocks;
+  int block, split_end, unit_end, slot;
+  bool new_sequence;
+
+  __device__ void begin_sequence(const MlaDecodeParams& p, bool by_split) {
+    length = length_of(p, seq);
+    const Pieces pieces(length);
+    blocks = pieces.blocks;
+    split_blocks = pieces.split_blocks;
+    unit_blocks = pieces.unit_blocks(by_split);
+    block = split_end = unit_end = 0;
+    new_sequence = true;
+  }
 };
 
 template <typename T, int kHeads>
@@ -60,135 +73,19 @@ struct alignas(128) DecodeShared {
   float unit_max[kHeads], unit_sum[kHeads], unit_rounded_sum[kHeads];  // of the unit's splits before
   Step steps[4];
   Cursor cursor;
-  int64_t warp_blocks[kWarps], warp_units[kWarps];
+  int warp_blocks[kWarps], warp_splits[kWarps], warp_segments[kWarps];
   bool by_split;
 };
 
 // Inclusive sum over the warp.
-__device__ __forceinline__ int64_t warp_scan(int64_t x) {
+__device__ __forceinline__ int warp_scan(int x) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int64_t other = __shfl_up_sync(0xffffffffu, x, offset);
+    const int other = __shfl_up_sync(0xffffffffu, x, offset);
     if (lane >= offset) x += other;
   }
   return x;
-}
-
-// Leaves this thread block's share of the work in shared.cursor. The first thread block writes the plan to the
-// workspace.
-template <typename Shared>
-__device__ __forceinline__ void plan_work(const MlaDecodeParams& p, const Workspace& w, int full, Shared& shared) {
-  // Each thread counts some sequences: blocks, and splits and segments in one number.
-  const int thread = threadIdx.x, warp = thread / kWarp;
-  const int64_t per_thread = ceil_div<int64_t>(p.num_seqs, kThreads);
-  const int64_t first = min(thread * per_thread, p.num_seqs), last = min(first + per_thread, p.num_seqs);
-  int64_t blocks = 0, units = 0;
-  for (int64_t n = first; n < last; ++n) {
-    const Pieces pieces(length_of(p, n));
-    blocks += pieces.blocks;
-    units += (static_cast<int64_t>(pieces.splits) << 32) + pieces.segments;
-  }
-  int64_t blocks_before = warp_scan(blocks), units_before = warp_scan(units);
-  if (thread % kWarp == kWarp - 1) {
-    shared.warp_blocks[warp] = blocks_before;
-    shared.warp_units[warp] = units_before;
-  }
-  if (thread == 0) shared.cursor.seq = static_cast<int>(p.num_seqs);
-  __syncthreads();
-  blocks_before -= blocks;
-  units_before -= units;
-  int64_t all_blocks = 0, all_units = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) {
-      blocks_before += shared.warp_blocks[i];
-      units_before += shared.warp_units[i];
-    }
-    all_blocks += shared.warp_blocks[i];
-    all_units += shared.warp_units[i];
-  }
-  const bool by_split = all_units >> 32 <= kMaxSplitUnits && static_cast<int>(all_units) < full;
-  int slot = static_cast<int>(by_split ? units_before >> 32 : units_before);
-
-  const bool writes_plan = blockIdx.x == 0 && blockIdx.y == 0;
-  if (thread == 0) shared.by_split = by_split;
-  if (writes_plan && thread == 0) {
-    *w.by_split = by_split;
-    w.first_unit[p.num_seqs] = static_cast<int>(by_split ? all_units >> 32 : all_units);
-  }
-  // The first unit at or after position `begin`: the one thread whose sequences hold that position looks for it.
-  const int64_t begin = all_blocks * blockIdx.x / gridDim.x, end = all_blocks * (blockIdx.x + 1) / gridDim.x;
-  for (int64_t n = first; n < last; ++n) {
-    const int length = length_of(p, n);
-    const Pieces pieces(length);
-    if (writes_plan) w.first_unit[n] = slot;
-    if (begin < end && blocks_before <= begin && begin < blocks_before + pieces.blocks) {
-      const int unit_blocks = pieces.unit_blocks(by_split);
-      const int unit = ceil_div(static_cast<int>(begin - blocks_before), unit_blocks);
-      Cursor& c = shared.cursor;
-      c.seq = static_cast<int>(n);
-      c.last_seq = -1;
-      c.length = length;
-      c.block = min(unit * unit_blocks, pieces.blocks);  // the end when it is in the next sequence
-      c.unit_end = c.block;
-      c.slot = slot + unit;
-      c.seq_start = blocks_before;
-      c.stop = end;
-    }
-    blocks_before += pieces.blocks;
-    slot += pieces.units(by_split);
-  }
-  __syncthreads();
-}
-
-// The step at the cursor, which moves on. For one thread.
-__device__ __forceinline__ Step next_step(const MlaDecodeParams& p, bool by_split, Cursor& c) {
-  Step step = {};
-  while (c.seq < p.num_seqs) {
-    const Pieces pieces(c.length);
-    if (c.block == pieces.blocks) {  // the next sequence
-      c.seq_start += pieces.blocks;
-      c.block = c.unit_end = 0;
-      if (++c.seq < p.num_seqs) c.length = length_of(p, c.seq);
-      continue;
-    }
-    const int unit_blocks = pieces.unit_blocks(by_split);
-    if (c.block == c.unit_end) {  // the next unit
-      if (c.seq_start + c.block >= c.stop) {
-        c.seq = static_cast<int>(p.num_seqs);
-        break;
-      }
-      c.unit_end = min(c.block + unit_blocks, pieces.blocks);
-    }
-    step.seq = c.seq;
-    step.first_row = c.block * kBlockRows;
-    step.rows = min(c.length - step.first_row, kBlockRows);
-    step.slot = c.slot;
-    step.new_sequence = c.seq != c.last_seq;
-    step.split_begin = c.block % pieces.split_blocks == 0;
-    c.last_seq = c.seq;
-    ++c.block;
-    step.split_end = c.block % pieces.split_blocks == 0 || c.block == pieces.blocks;
-    step.unit_end = c.block == c.unit_end;
-    step.whole = unit_blocks >= pieces.blocks;
-    if (step.unit_end) ++c.slot;
-    break;
-  }
-  return step;
-}
-
-// 8 elements from global to shared memory; zeros when not valid. Plain loads where addresses are not multiples of 16.
-template <typename T, bool Vector>
-__device__ __forceinline__ void copy_chunk(T* to, const T* from, bool valid) {
-  if constexpr (Vector) {
-    cp_async_16(to, from, valid);
-  } else {
-    Vec<T, 8> chunk;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) chunk.x[i] = valid ? from[i] : from_float<T>(0.0f);
-    store_vec(to, chunk);
-  }
 }
 
 // n / divisor for 0 <= n < 2^31 by a multiplication: magic = ceil(2^(31 + k) / divisor) with 2^k >= divisor.
@@ -205,10 +102,127 @@ struct Divider {
 };
 
 struct DecodeOptions {
-  Divider page_size;
+  Divider page_size, grid_blocks;
   int full;     // segments that fill the device
   float scale;  // log2 units per unit of q k, positive; the sign of p.scale goes to q
 };
+
+// Leaves this thread block's share of the work in shared.cursor. The first thread block writes the plan to the
+// workspace.
+template <typename Shared>
+__device__ __forceinline__ void plan_work(const MlaDecodeParams& p, const Workspace& w, const DecodeOptions& options,
+                                          Shared& shared) {
+  // Each thread counts some sequences.
+  const int thread = threadIdx.x, warp = thread / kWarp, num_seqs = static_cast<int>(p.num_seqs);
+  const int per_thread = ceil_div(num_seqs, kThreads);
+  const int first = min(thread * per_thread, num_seqs), last = min(first + per_thread, num_seqs);
+  int blocks = 0, splits = 0, segments = 0;
+  for (int n = first; n < last; ++n) {
+    const Pieces pieces(length_of(p, n));
+    blocks += pieces.blocks;
+    splits += pieces.splits;
+    segments += pieces.segments;
+  }
+  int blocks_before = warp_scan(blocks), splits_before = warp_scan(splits), segments_before = warp_scan(segments);
+  if (thread % kWarp == kWarp - 1) {
+    shared.warp_blocks[warp] = blocks_before;
+    shared.warp_splits[warp] = splits_before;
+    shared.warp_segments[warp] = segments_before;
+  }
+  if (thread == 0) shared.cursor.seq = num_seqs;
+  __syncthreads();
+  blocks_before -= blocks;
+  splits_before -= splits;
+  segments_before -= segments;
+  int all_blocks = 0, all_splits = 0, all_segments = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) {
+      blocks_before += shared.warp_blocks[i];
+      splits_before += shared.warp_splits[i];
+      segments_before += shared.warp_segments[i];
+    }
+    all_blocks += shared.warp_blocks[i];
+    all_splits += shared.warp_splits[i];
+    all_segments += shared.warp_segments[i];
+  }
+  const bool by_split = all_splits <= kMaxSplitUnits && all_segments < options.full;
+  int slot = by_split ? splits_before : segments_before;
+
+  const bool writes_plan = blockIdx.x == 0 && blockIdx.y == 0;
+  if (thread == 0) shared.by_split = by_split;
+  if (writes_plan && thread == 0) {
+    *w.by_split = by_split;
+    w.first_unit[num_seqs] = by_split ? all_splits : all_segments;
+  }
+  // Equal shares of the blocks, of which the first ones get what is left over. The first unit at or after position
+  // `begin`: the one thread whose sequences hold that position looks for it.
+  const int share = options.grid_blocks(all_blocks), left_over = all_blocks - share * static_cast<int>(gridDim.x);
+  const int index = static_cast<int>(blockIdx.x);
+  const int begin = share * index + min(index, left_over), end = begin + share + (index < left_over);
+  for (int n = first; n < last; ++n) {
+    if (writes_plan) w.first_unit[n] = slot;
+    const Pieces pieces(length_of(p, n));
+    if (begin < end && blocks_before <= begin && begin < blocks_before + pieces.blocks) {
+      Cursor& c = shared.cursor;
+      c.seq = n;
+      c.begin_sequence(p, by_split);
+      const int unit = quick_ceil_div(begin - blocks_before, c.unit_blocks);
+      c.block = c.split_end = c.unit_end = min(unit * c.unit_blocks, pieces.blocks);  // or the end: the next sequence
+      c.slot = slot + unit;
+      c.seq_start = blocks_before;
+      c.stop = end;
+    }
+    blocks_before += pieces.blocks;
+    slot += pieces.units(by_split);
+  }
+  __syncthreads();
+}
+
+// The step at the cursor, which moves on. For one thread.
+__device__ __forceinline__ Step next_step(const MlaDecodeParams& p, bool by_split, Cursor& cursor) {
+  Step step = {};
+  Cursor c = cursor;
+  const int num_seqs = static_cast<int>(p.num_seqs);
+  while (c.seq < num_seqs && c.block == c.blocks) {
+    c.seq_start += c.blocks;
+    if (++c.seq < num_seqs) c.begin_sequence(p, by_split);
+  }
+  if (c.seq < num_seqs && c.block == c.unit_end) {
+    if (c.seq_start + c.block >= c.stop) c.seq = num_seqs;
+    c.unit_end = min(c.block + c.unit_blocks, c.blocks);
+  }
+  if (c.seq < num_seqs) {
+    step.split_begin = c.block == c.split_end;
+    if (step.split_begin) c.split_end = min(c.block + c.split_blocks, c.blocks);
+    step.seq = c.seq;
+    step.first_row = c.block * kBlockRows;
+    step.rows = min(c.length - step.first_row, kBlockRows);
+    step.slot = c.slot;
+    step.new_sequence = c.new_sequence;
+    c.new_sequence = false;
+    ++c.block;
+    step.split_end = c.block == c.split_end;
+    step.unit_end = c.block == c.unit_end;
+    step.whole = c.unit_blocks >= c.blocks;
+    c.slot += step.unit_end;
+  }
+  cursor = c;
+  return step;
+}
+
+// 8 elements from global to shared memory; zeros when not valid. Plain loads where addresses are not multiples of 16.
+template <typename T, bool Vector>
+__device__ __forceinline__ void copy_chunk(T* to, const T* from, bool valid) {
+  if constexpr (Vector) {
+    cp_async_16(to, from, valid);
+  } else {
+    Vec<T, 8> chunk;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) chunk.x[i] = valid ? from[i] : from_float<T>(0.0f);
+    store_vec(to, chunk);
+  }
+}
 
 // `Vector`: q and the cache may be read by 16 bytes.
 template <typename T, int kHeads, bool Vector>
@@ -223,7 +237,7 @@ class DecodeBlock {
       : p_(p), w_(w), options_(options), shared_(shared), first_head_(blockIdx.y * kHeads) {}
 
   __device__ void run() {
-    plan_work(p_, w_, options_.full, shared_);
+    plan_work(p_, w_, options_, shared_);
     if (thread_ == 0) {
       for (int i = 0; i < 3; ++i) shared_.steps[i] = next_step(p_, shared_.by_split, shared_.cursor);
     }
@@ -232,7 +246,9 @@ class DecodeBlock {
     if (thread_ % kHeadThreads == 0) begin_unit(thread_ / kHeadThreads);
     find_pages(shared_.steps[0]);
     load_q(shared_.steps[0]);
-    load_rows(shared_.steps[0], 0);
+    const RowLoader first_rows = row_loader(shared_.steps[0], 0);
+#pragma unroll
+    for (int i = 0; i < kDepthSteps; ++i) first_rows.piece(i);
     find_pages(shared_.steps[1]);
 
 #pragma unroll 1
@@ -245,11 +261,11 @@ class DecodeBlock {
       __syncthreads();
       if (step.rows == 0) break;
       const Step& next = shared_.steps[(i + 1) % 4];
-      load_rows(next, (i + 1) % 2);
+      const RowLoader next_rows = row_loader(next, (i + 1) % 2);
       find_pages(shared_.steps[(i + 2) % 4]);
       if (thread_ == 0) shared_.steps[(i + 3) % 4] = next_step(p_, shared_.by_split, shared_.cursor);
 
-      scores(shared_.rows[i % 2]);
+      scores(shared_.rows[i % 2], next_rows);
       __syncthreads();
       if (next.new_sequence) load_q(next);
       softmax(step);
@@ -269,19 +285,31 @@ class DecodeBlock {
     }
   }
 
-  // 8 threads a row: all chunks of a thread have the same swizzle.
-  __device__ void load_rows(const Step& step, int buffer) {
+  // This thread's part of a step's rows, in as many pieces as q k^T has steps: 8 threads a row, so that all chunks of a
+  // thread have the same swizzle.
+  struct RowLoader {
+    T* to;
+    const T* from[2];
+    bool valid[2];
+    __device__ void piece(int i) const {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        copy_chunk<T, Vector>(to + half * (32 * kRowDim) + 64 * i, from[half] + 64 * i, valid[half]);
+    }
+  };
+  __device__ RowLoader row_loader(const Step& step, int buffer) const {
+    const int row = thread_ / 8, chunk = thread_ % 8;
+    RowLoader loader;
+    loader.to = &shared_.rows[buffer][row * kRowDim + (chunk ^ row % 8) * 8];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = thread_ / 8 + 32 * half, chunk = thread_ % 8;
-      const bool valid = row < step.rows;
-      const int at = step.first_row + row, in_page = at - options_.page_size(at) * options_.page_size.divisor;
-      const T* from = static_cast<const T*>(p_.cache) + chunk * 8;
-      if (valid) from += pages_[half] * p_.page_stride + in_page * kRowDim;
-      T* const to = &shared_.rows[buffer][row * kRowDim + (chunk ^ row % 8) * 8];
-#pragma unroll
-      for (int i = 0; i < kRowDim / 64; ++i) copy_chunk<T, Vector>(to + 64 * i, from + 64 * i, valid);
+      const int at = step.first_row + row + 32 * half;
+      const int in_page = at - options_.page_size(at) * static_cast<int>(options_.page_size.divisor);
+      loader.valid[half] = row + 32 * half < step.rows;
+      loader.from[half] = static_cast<const T*>(p_.cache) + chunk * 8;
+      if (loader.valid[half]) loader.from[half] += pages_[half] * p_.page_stride + in_page * kRowDim;
     }
+    return loader;
   }
 
   // q of a sequence; zeros for heads past the last one.
@@ -305,8 +333,8 @@ class DecodeBlock {
     }
   }
 
-  // This warp's part of q k^T, to shared memory.
-  __device__ void scores(const T* rows) {
+  // This warp's part of q k^T, to shared memory. In between, the next rows are fetched.
+  __device__ void scores(const T* rows, const RowLoader& next_rows) {
     const int depth_group = warp_ % kDepthGroups, first_key = warp_ / kDepthGroups * kGroupKeys;
     // Columns 16 depth_group + 64 i: chunks 8 apart have the same swizzle.
     const T* const q = &shared_.q[lane_ % 16 * kRowDim + ((2 * depth_group + lane_ / 16) ^ lane_ % 8) * 8];
@@ -314,7 +342,8 @@ class DecodeBlock {
         &rows[(first_key + lane_ % 8 + lane_ / 16 * 8) * kRowDim + ((2 * depth_group + lane_ / 8 % 2) ^ lane_ % 8) * 8];
     float s[kTiles][kGroupKeys / 8][4] = {};
 #pragma unroll
-    for (int i = 0; i < kRowDim / 64; ++i) {
+    for (int i = 0; i < kDepthSteps; ++i) {
+      next_rows.piece(i);
       uint32_t a[kTiles][4];
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) ldmatrix_x4(a[m], q + 16 * m * kRowDim + 64 * i);
@@ -534,11 +563,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T>
 void launch_portable(const MlaDecodeParams& p, const Workspace& workspace, cudaStream_t stream) {
+  KIMI_CHECK(p.num_seqs * ceil_div<int64_t>(capacity(p), kBlockRows) < int64_t{1} << 31,
+             "mla_decode: num_seqs * max_pages is too large, got ", p.num_seqs, " * ", p.max_pages);
   const int tile_heads = p.num_heads <= 16 ? 16 : 32;
   const int head_tiles = static_cast<int>(ceil_div<int64_t>(p.num_heads, tile_heads));
   const int blocks = std::max(1, multiprocessors() / head_tiles);
   // Scale: 0 becomes a number that only a masked s = -inf survives.
   const DecodeOptions options = {.page_size = Divider(static_cast<uint32_t>(p.page_size)),
+                                 .grid_blocks = Divider(static_cast<uint32_t>(blocks)),
                                  .full = ceil_div(3 * blocks, 5),
                                  .scale = std::max(std::abs(p.scale) * kLog2E, 1e-37f)};
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(head_tiles));
