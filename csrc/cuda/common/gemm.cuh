@@ -130,7 +130,7 @@ class Stream {
   __device__ void run() {
     float acc[kTiles][4] = {};
     Fragments even, odd;
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < kStages; ++s) fill(s);
     wait();
     if (consume_.valid) even.load(*this, 0, 0);
