@@ -1,22 +1,24 @@
 """kda_prefill at the width of the model (32 heads of 128), raw gates and beta logits in, state pool in place.
 
-Peers: the token recurrence in plain torch, and, when transformers is installed, its chunked torch form (which is what a
-KimiLinear of transformers runs on a CPU), both with the gate, l2norm and sigmoid that ours has inside.
+Peers do the same work, with the gate, l2norm and sigmoid that ours has inside, from an initial to a final state. On a CPU:
+plain torch token by token, and what a KimiLinear of transformers runs there. On a GPU: fla's `chunk_kda`, and FlashKDA, which
+is for bounded gates alone and keeps its state in bf16.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import peers
 import torch
-import torch.nn.functional as F
-from harness import Case, main
+from harness import Call, Case, Job, Peer, close, main, name_of
+from kda_inputs import LOWER_BOUND, Inputs, inputs, log_decay, normalised, recurrence
+from shapes import DIM, HEADS, RAGGED, name_of_lengths, packed
 from torch import Tensor
 
 from kimi_native.ops import kda_prefill
 from kimi_native.ops.kda_prefill import KdaGate
 
-HEADS, DIM = 32, 128
-NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2.5e-3}
+MAX_ERROR = {("cpu", torch.float32): 1e-5, ("cpu", torch.bfloat16): 2.5e-3, ("cuda", torch.bfloat16): 5e-3}
+MAX_PEER_ERROR = 2e-2  # the same function, whatever is rounded in between
 
 
 def transformers_chunked() -> Callable[..., object] | None:
@@ -27,11 +29,10 @@ def transformers_chunked() -> Callable[..., object] | None:
     return chunk_kimi_delta_attention
 
 
-def recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor) -> Tensor:
-    """Plain torch, any float dtype; state [H, V, K] is not changed."""
-    q = q / torch.sqrt(q.pow(2).sum(-1, keepdim=True) + 1e-6) * DIM**-0.5
-    k = k / torch.sqrt(k.pow(2).sum(-1, keepdim=True) + 1e-6)
-    decay, beta, out = log_decay.exp(), beta.sigmoid(), torch.empty_like(v)
+def torch_recurrence(x: Inputs, state: Tensor, gate: KdaGate) -> Tensor:
+    """Plain torch in fp32, token by token; state [H, V, K] is not changed."""
+    q, k, v = normalised(x.q.float()) * DIM**-0.5, normalised(x.k.float()), x.v.float()
+    decay, beta, out = log_decay(x, x.g.float(), gate).exp(), x.beta.float().sigmoid(), torch.empty_like(v)
     for t in range(len(q)):
         state = state * decay[t].unsqueeze(1)
         u = beta[t].unsqueeze(1) * (v[t] - (state @ k[t].unsqueeze(2)).squeeze(2))
@@ -40,76 +41,117 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
     return out
 
 
-def case(lengths: list[int], gate: KdaGate, dtype: torch.dtype, peers: bool = True) -> Case:
-    torch.manual_seed(0)
-    num_tokens = sum(lengths)
-    q, k, v = (torch.randn(num_tokens, HEADS, DIM).to(dtype) for _ in range(3))
-    g, beta = torch.randn(num_tokens, HEADS, DIM).to(dtype), torch.randn(num_tokens, HEADS).to(dtype)
-    A_log, dt_bias = torch.rand(HEADS) * 4 - 2, torch.randn(HEADS, DIM)
-    if gate == "log_decay":
-        g = -g.float().abs()
-    state = torch.zeros(len(lengths), HEADS, DIM, DIM)
-    slots = torch.arange(len(lengths), dtype=torch.int32)
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    out = torch.empty_like(v)
+def fla_peer(
+    x: Inputs, initial: Tensor, lengths: tuple[int, ...], gate: KdaGate, packs: bool
+) -> Callable[[], tuple[Tensor, Tensor]] | None:
+    fla = peers.fla("ops.kda")
+    if fla is None:
+        return None
+    shape = (1, sum(lengths)) if packs or len(lengths) == 1 else (len(lengths), lengths[0])
+    q, k, v, g, beta = (t.view(*shape, *t.shape[1:]) for t in (x.q, x.k, x.v, x.g, x.beta))
+    options = {"A_log": x.A_log, "dt_bias": x.dt_bias.flatten(), "state_v_first": True, "output_final_state": True}
+    options |= {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    if gate == "bounded":
+        options |= {"safe_gate": True, "lower_bound": LOWER_BOUND}
+    if packs and len(lengths) > 1:
+        options |= {"cu_seqlens": packed(lengths, "cuda").long()}
 
-    def log_decay(g: Tensor) -> Tensor:
-        if gate == "log_decay":
-            return g
-        x = g + dt_bias
-        rate = A_log.exp().unsqueeze(1)
-        return -rate * F.softplus(x) if gate == "softplus" else -5.0 * torch.sigmoid(rate * x)
+    def run() -> tuple[Tensor, Tensor]:
+        out, final = fla.chunk_kda(q, k, v, g, beta, initial_state=initial, **options)
+        return out.view(x.v.shape), final
+
+    return run
+
+
+def job(
+    lengths: tuple[int, ...], heads: int, gate: KdaGate, dtype: torch.dtype, device: str, *, with_peers: bool, packs: bool = True
+) -> Job:
+    num_tokens, num_sequences = sum(lengths), len(lengths)
+    x = inputs((num_tokens,), heads, dtype, device)
+    if gate == "log_decay":
+        x.g = -x.g.float().abs()
+    initial = torch.randn(num_sequences, heads, DIM, DIM, device=device)
+    state, out = initial.clone(), torch.full_like(x.v, float("nan"))
+    slots, cu_seqlens = torch.arange(num_sequences, dtype=torch.int32, device=device), packed(lengths, device)
+    options = {"gate": gate, "A_log": x.A_log, "dt_bias": x.dt_bias, "lower_bound": LOWER_BOUND}
 
     def ours() -> None:
-        kda_prefill(q, k, v, g, beta, state, slots, cu_seqlens, gate=gate, A_log=A_log, dt_bias=dt_bias, out=out)
+        kda_prefill(x.q, x.k, x.v, x.g, x.beta, state, slots, cu_seqlens, out=out, **options)  # type: ignore[arg-type]
 
-    def torch_recurrent() -> None:
-        recurrence(q.float(), k.float(), v.float(), log_decay(g.float()), beta.float(), state[0])
+    references: list[tuple[Tensor, Tensor]] = []
 
-    def transformers_way(chunked: Callable[..., object]) -> None:
-        inputs = (q, k, v, log_decay(g.float()), beta.float().sigmoid())
-        chunked(*(x.unsqueeze(0) for x in inputs), output_final_state=True, use_qk_l2norm_in_kernel=True)
+    def check_against_fp64(found: Tensor, final: Tensor, max_error: float) -> None:
+        if not references:
+            begins = cu_seqlens.tolist()
+            for n in range(num_sequences):
+                references.append(recurrence(x, initial[n].double(), gate, slice(begins[n], begins[n + 1])))
+        close(found, torch.cat([o for o, _ in references]), max_error)
+        close(final, torch.stack([s for _, s in references]), max_error, "state")
 
     def check() -> None:
-        state.zero_()
+        state.copy_(initial)
         ours()
-        last = min(lengths[0], 64)
-        zero = torch.zeros(HEADS, DIM, DIM, dtype=torch.float64)
-        decays = log_decay(g.double())[:last]
-        ref = recurrence(q[:last].double(), k[:last].double(), v[:last].double(), decays, beta[:last].double(), zero)
-        error = (out[:last].double() - ref).norm() / ref.norm()
-        assert error < MAX_ERROR[dtype], f"relative error {error:.2e}"
+        check_against_fp64(out, state, MAX_ERROR[device, dtype])
 
-    others: dict[str, Callable[[], object]] = {}
-    if peers and len(lengths) == 1:
-        others["torch recurrent"] = torch_recurrent
+    def checked(way: Callable[[], tuple[Tensor, Tensor]]) -> Peer:
+        return Peer(way, lambda: check_against_fp64(*way(), MAX_PEER_ERROR))
+
+    others: dict[str, Call | Peer] = {}
+    if with_peers and device == "cpu" and num_sequences == 1:
+        others["torch recurrent"] = lambda: torch_recurrence(x, state[0], gate)
         chunked = transformers_chunked()
         if chunked is not None:
-            others["transformers"] = lambda: transformers_way(chunked)
-    shape = f"T={num_tokens}" if len(lengths) == 1 else f"{len(lengths)}x{lengths[0]}"
-    return Case(
-        op="kda_prefill",
-        name=f"{shape} H={HEADS} K=V={DIM} {gate} {NAMES[dtype]}",
+
+            def transformers_way() -> None:
+                given = (x.q, x.k, x.v, log_decay(x, x.g.float(), gate), x.beta.float().sigmoid())
+                chunked(*(t.unsqueeze(0) for t in given), output_final_state=True, use_qk_l2norm_in_kernel=True)
+
+            others["transformers"] = transformers_way
+    if with_peers and device == "cuda":
+        if (fla := fla_peer(x, initial, lengths, gate, packs)) is not None:
+            others["fla"] = checked(fla)
+        if gate == "bounded":
+            flash = peers.flash_kda(x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, LOWER_BOUND, initial, cu_seqlens)
+            if flash is not None:
+                others["FlashKDA"] = checked(flash)
+    return Job(
         run=ours,
-        peers=others,
-        flops=7 * num_tokens * HEADS * DIM * DIM,  # decay, two reductions, one outer product
-        bytes=num_tokens * HEADS * (4 * DIM * q.element_size() + DIM * g.element_size()) + 8 * len(lengths) * HEADS * DIM * DIM,
         check=check,
+        peers=others,
+        flops=7 * num_tokens * heads * DIM * DIM,  # decay, two reductions, one outer product
+        bytes=num_tokens * heads * (4 * DIM * x.q.element_size() + (DIM + 1) * x.g.element_size()) + 8 * num_sequences * heads * DIM * DIM,
     )
 
 
-def cases() -> list[Case]:
-    return [
-        case([64], "softplus", torch.float32),
-        case([256], "softplus", torch.float32),
-        case([64], "softplus", torch.bfloat16),
-        case([256], "softplus", torch.bfloat16),
-        case([256], "bounded", torch.bfloat16, peers=False),
-        case([256], "log_decay", torch.bfloat16, peers=False),
-        case([2048], "softplus", torch.bfloat16, peers=False),
-        case([64] * 8, "softplus", torch.bfloat16, peers=False),
-    ]
+def cases(device: str) -> Iterator[Case]:
+    def case(
+        lengths: tuple[int, ...], gate: KdaGate, dtype: torch.dtype, *, heads: int = HEADS, with_peers: bool = True, packs: bool = True
+    ) -> Case:
+        shape = name_of_lengths(lengths) if packs and len(lengths) > 1 else f"B={len(lengths)} T={lengths[0]}"
+        return Case(
+            "kda_prefill",
+            f"{gate} {shape} H={heads} {name_of(dtype)}",
+            lambda: job(lengths, heads, gate, dtype, device, with_peers=with_peers, packs=packs),
+            core=lengths in ((8192,), (2048,), (8192,) * 4, (1024,) * 8) and (gate == "softplus" or lengths == (8192,)),
+        )
+
+    if device == "cpu":
+        for dtype in (torch.float32, torch.bfloat16):
+            yield case((64,), "softplus", dtype)
+            yield case((256,), "softplus", dtype)
+        yield case((256,), "bounded", torch.bfloat16, with_peers=False)
+        yield case((256,), "log_decay", torch.bfloat16, with_peers=False)
+        yield case((2048,), "softplus", torch.bfloat16, with_peers=False)
+        yield case((64,) * 8, "softplus", torch.bfloat16, with_peers=False)
+        return
+    for gate in ("softplus", "bounded"):
+        for num_tokens in (8192, 512, 2048, 32768, 131072):  # fla tunes its kernels on the first
+            yield case((num_tokens,), gate, torch.bfloat16)
+        yield case((8192,) * 4, gate, torch.bfloat16, packs=False)
+        for lengths in ((1024,) * 8, (256,) * 32, RAGGED):
+            yield case(lengths, gate, torch.bfloat16)
+        yield case((65536,), gate, torch.bfloat16, heads=8)
 
 
 if __name__ == "__main__":
-    main(cases())
+    main(cases)

@@ -1,56 +1,75 @@
-"""rms_norm against torch.nn.functional.rms_norm, at the width of the model."""
+"""rms_norm against torch.nn.functional.rms_norm (and fla's on a GPU), at the width of the model."""
 
+from collections.abc import Iterator
+from functools import partial
+
+import peers
 import torch
 import torch.nn.functional as F
-from harness import Case, main
+from harness import Call, Case, Job, Peer, close, main, name_of
+from shapes import DECODE_BATCHES, HIDDEN
 
 from kimi_native.ops import rms_norm
 
-DIM = 2304
+EPS = 1e-5
 
 
-def case(num_tokens: int, dtype: torch.dtype, with_residual: bool) -> Case:
-    x, weight = torch.randn(num_tokens, DIM).to(dtype), torch.randn(DIM).to(dtype)
+def job(num_tokens: int, dtype: torch.dtype, with_residual: bool, device: str) -> Job:
+    x, weight = torch.randn(num_tokens, HIDDEN, dtype=dtype, device=device), torch.randn(HIDDEN, dtype=dtype, device=device)
     residual = torch.zeros_like(x) if with_residual else None
-    out = torch.empty_like(x)
+    out = torch.full_like(x, float("nan"))
 
     def ours() -> None:
-        rms_norm(x, weight, residual=residual, out=out)
+        rms_norm(x, weight, EPS, residual=residual, out=out)
 
-    def torch_way() -> None:
+    def torch_way() -> torch.Tensor:
         if residual is None:
-            F.rms_norm(x, (DIM,), weight, 1e-5)
-        else:
-            residual.add_(x)
-            F.rms_norm(residual, (DIM,), weight, 1e-5)
+            return F.rms_norm(x, (HIDDEN,), weight, EPS)
+        residual.add_(x)
+        return F.rms_norm(residual, (HIDDEN,), weight, EPS)
+
+    def reference() -> torch.Tensor:
+        return F.rms_norm((x if residual is None else residual).double(), (HIDDEN,), weight.double(), EPS)
 
     def check() -> None:
         ours()
-        source = x if residual is None else residual
-        ref = F.rms_norm(source.double(), (DIM,), weight.double(), 1e-5)
-        error = (out.double() - ref).norm() / ref.norm()
-        assert error < (1e-6 if dtype == torch.float32 else 2.5e-3), f"relative error {error:.2e}"
+        close(out, reference(), 1e-6 if dtype == torch.float32 else 2.5e-3)
+
+    others: dict[str, Call | Peer] = {"torch": torch_way}
+    fla = peers.fla("modules.norm.layernorm") if device == "cuda" else None
+    if fla is not None:
+
+        def fla_way() -> torch.Tensor:
+            result = fla.rms_norm(x, weight, None, residual=residual, eps=EPS, prenorm=residual is not None)
+            return result if residual is None else result[0]
+
+        def fla_check() -> None:
+            if residual is not None:
+                residual.zero_()
+            found = fla_way()
+            close(found, F.rms_norm(x.double(), (HIDDEN,), weight.double(), EPS), 5e-3)
+
+        others["fla"] = Peer(fla_way, fla_check)
 
     passes = 4 if with_residual else 2  # x (and residual) in, out (and residual) out
-    return Case(
-        op="rms_norm",
-        name=f"T={num_tokens} D={DIM} {'f32' if dtype == torch.float32 else 'bf16'}{' +residual' if with_residual else ''}",
+    return Job(
         run=ours,
-        peers={"torch": torch_way},
-        flops=(4 + with_residual) * num_tokens * DIM,
-        bytes=(passes * num_tokens + 1) * DIM * x.element_size(),
         check=check,
+        peers=others,
+        flops=(4 + with_residual) * num_tokens * HIDDEN,
+        bytes=(passes * num_tokens + 1) * HIDDEN * x.element_size(),
     )
 
 
-def cases() -> list[Case]:
-    return [
-        case(num_tokens, dtype, with_residual)
-        for dtype in (torch.float32, torch.bfloat16)
-        for num_tokens in (1, 64, 2048)
-        for with_residual in (False, True)
-    ]
+def cases(device: str) -> Iterator[Case]:
+    on_cpu = device == "cpu"
+    for dtype in (torch.float32, torch.bfloat16) if on_cpu else (torch.bfloat16,):
+        for num_tokens in (1, 64, 2048) if on_cpu else (*DECODE_BATCHES, 2048, 8192, 131072):
+            for with_residual in (False, True):
+                name = f"T={num_tokens} D={HIDDEN} {name_of(dtype)}{' +residual' if with_residual else ''}"
+                core = num_tokens in (64, 8192) and with_residual
+                yield Case("rms_norm", name, partial(job, num_tokens, dtype, with_residual, device), core)
 
 
 if __name__ == "__main__":
-    main(cases())
+    main(cases)

@@ -1,24 +1,33 @@
 """How every benchmark of this house is run: check the output once, then time, and print one line a case.
 
-    from harness import Case, main
+    from harness import Case, Job, main
 
-    def cases() -> list[Case]: ...
+    def cases(device: str) -> Iterator[Case]: ...
 
     if __name__ == "__main__":
-        main(cases())
+        main(cases)
 
-`main` measures the ceilings of the machine first (copy bandwidth, fp32 GEMM), then for each case runs `check`, and times
-`run` and the peers in turns, so that a disturbance of the machine hits all of them. Before every timed call the last-level
-cache is flushed: weights and states come from memory, as they do between the layers of a model.
+A `Case` is a name and a function that makes its `Job` (tensors, calls, check), so that only one job holds memory at a time.
+The harness measures the ceilings of the machine first (copy bandwidth, matrix product), then runs each job's `check`, times
+`run` and the peers in turns, so that a disturbance of the machine hits all of them, and frees everything. A case whose output
+is wrong is FAILED and never timed; a peer whose output is wrong is named and not timed either.
 
-Columns: `op case us(median) us(min) GFLOP/s GB/s %roof peers`, and tokens/s where a case says how many tokens it works on.
+The last-level cache is flushed before every timed call: weights and states come from memory, as they do between the layers
+of a model. On a GPU a sample is the time between two events around the replay of a CUDA graph that holds the one call
+("graph" in the record), or around the call itself where it cannot be captured ("events": launch gaps count then).
+
+Columns: `op case us(median) us(min) TFLOP/s GB/s %roof peers`, and tokens/s where a case says how many tokens it works on.
 %roof is the time that the ceilings allow, max(flops / GEMM, bytes / copy), over the median; a peer's `x` is its median over
 ours (above 1: we are faster).
+
+Results are flat records, one per line of a JSON array: `header` (one a run), `case`, `peer`, and `failed` (docs/benchmarks.md
+is made of them by scripts/bench_report.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -32,12 +41,38 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 Record = dict[str, Any]
+Call = Callable[[], object]
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another way to get the same result, and the proof that it is the same."""
+
+    run: Call
+    check: Call | None = None  # runs it and raises when its output is wrong
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one case calls. `flops` and `bytes` are of the problem, not of the implementation."""
+
+    run: Call
+    check: Call  # runs it and raises when the output is wrong
+    flops: float
+    bytes: float  # that must cross the memory bus: every input once, every output once
+    peers: Mapping[str, Call | Peer] = field(default_factory=dict)
+    tokens: int = 0  # of the model, that a call works on: adds tokens/s
 
 
 @dataclass(frozen=True)
@@ -46,19 +81,18 @@ class Case:
 
     op: str
     name: str  # shape and dtype, e.g. "T=512 D=2304 bf16"
-    run: Callable[[], object]
-    peers: Mapping[str, Callable[[], object]]  # other ways to get the same result, by name
-    flops: float  # of the problem, not of the implementation
-    bytes: float  # that must cross the memory bus: every input once, every output once
-    check: Callable[[], object]  # raises when the output is wrong
-    device: str = "cpu"
-    tokens: int = 0  # of the model, that a call works on: adds tokens/s
+    make: Callable[[], Job]
+    core: bool = False  # of the few that are run first, and alone with --quick on a GPU
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}"
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    gflops: float  # fp32 GEMM
-    gbytes: float  # copy: bytes read plus bytes written, per second, in 1e9
+    tflops: float  # matrix product
+    gemm: str  # which one
+    gbps: float  # copy: bytes read plus bytes written, per second, in 1e9
 
 
 @dataclass
@@ -66,6 +100,8 @@ class Samples:
     """Seconds of every timed call of one function."""
 
     seconds: list[float] = field(default_factory=list)
+    timing: str = "clock"  # or "graph", "events": the module's docstring
+    eager_us: float | None = None  # a call in a loop of calls from Python: the host's part counts, the cache is warm
 
     @property
     def median_us(self) -> float:
@@ -76,23 +112,41 @@ class Samples:
         return min(self.seconds) * 1e6
 
 
+@dataclass(frozen=True)
+class Effort:
+    repeats: int  # samples of a function at most; at least 3
+    budget_s: float  # for a case, peers included
+
+
 class Device(Protocol):
     """What the harness needs to know of a kind of device."""
+
+    results: str  # stem of the file in bench/results
 
     def describe(self) -> Record: ...
 
     def ceilings(self) -> Ceilings: ...
 
-    def flush(self) -> None:
-        """Throws the inputs of the next call out of the last-level cache."""
+    def measure(self, functions: Mapping[str, Call], effort: Effort) -> dict[str, Samples]:
+        """Times the functions in turns, each call behind a flush of the last-level cache."""
         ...
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Runs once, to the end of all its work."""
+    def path_of(self, run: Call) -> Record:
+        """Which kernels `run` takes: `path`, and what else is known of them."""
+        ...
+
+    def release(self) -> None:
+        """Between two cases."""
+        ...
+
+    def broken(self) -> bool:
+        """Whether nothing more can run, after a failure."""
         ...
 
 
 class Cpu:
+    results = "cpu"
+
     def __init__(self) -> None:
         size = min(max(2 * _last_level_cache_bytes(), 64 << 20), 1 << 30)
         self._scratch = torch.zeros(size // 4)
@@ -114,162 +168,474 @@ class Cpu:
         b, c = torch.randn_like(a), torch.empty_like(a)
         source = torch.ones(64 << 20)  # 256 MiB
         target = torch.empty_like(source)
-        gemm = min(self.seconds(lambda: torch.mm(a, b, out=c)) for _ in range(8))
-        copy = min(self.seconds(lambda: target.copy_(source)) for _ in range(8))
-        return Ceilings(gflops=2 * 1536**3 / gemm / 1e9, gbytes=2 * source.numel() * 4 / copy / 1e9)
+        gemm = min(self._seconds(lambda: torch.mm(a, b, out=c)) for _ in range(8))
+        copy = min(self._seconds(lambda: target.copy_(source)) for _ in range(8))
+        return Ceilings(2 * 1536**3 / gemm / 1e12, "fp32 1536^3", 2 * source.numel() * 4 / copy / 1e9)
 
-    def flush(self) -> None:
-        self._scratch.add_(1.0)
+    def measure(self, functions: Mapping[str, Call], effort: Effort) -> dict[str, Samples]:
+        samples = {name: Samples() for name in functions}
+        for function in functions.values():  # first calls: page faults, lazy set-up
+            function()
+        deadline = time.perf_counter() + effort.budget_s
+        for i in range(max(effort.repeats, 3)):
+            if i >= 3 and time.perf_counter() > deadline:
+                break
+            for name, function in functions.items():
+                self._scratch.add_(1.0)
+                samples[name].seconds.append(self._seconds(function))
+        return samples
 
-    def seconds(self, run: Callable[[], object]) -> float:
+    def path_of(self, run: Call) -> Record:
+        return {"path": "cpu"}
+
+    def release(self) -> None:
+        pass
+
+    def broken(self) -> bool:
+        return False
+
+    @staticmethod
+    def _seconds(run: Call) -> float:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
 
 
-DEVICES: dict[str, Callable[[], Device]] = {"cpu": Cpu}
+class Cuda:
+    """The current CUDA device. Reads the card's settings and never changes one."""
 
+    MAX_CAPTURED_S = 0.02  # a longer call has no launch gaps worth a graph
+    EAGER_CALLS = 20
 
-def measure(device: Device, functions: Mapping[str, Callable[[], object]], *, repeats: int, budget_s: float) -> dict[str, Samples]:
-    """Times the functions in turns: at least 3 rounds, then until `repeats` rounds or `budget_s` seconds are reached."""
-    samples = {name: Samples() for name in functions}
-    for function in functions.values():  # first calls: page faults, lazy set-up
-        function()
-    deadline = time.perf_counter() + budget_s
-    for i in range(max(repeats, 3)):
-        if i >= 3 and time.perf_counter() > deadline:
-            break
+    def __init__(self) -> None:
+        self._properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        size = max(4 * self._properties.L2_cache_size, 256 << 20)
+        # First written, then another read: nothing of the inputs stays in the cache, nor anything that would have to be
+        # written back during the timed call. Together they take longer than the host needs to enqueue what follows.
+        self._written = torch.zeros(size // 4, device="cuda")
+        self._read = torch.zeros(size // 4, device="cuda")
+        self._sum = torch.zeros((), device="cuda")
+        self.results = re.sub(r"[^a-z0-9]+", "-", self._properties.name.lower().replace("nvidia", "")).strip("-")
+        self._before = _nvidia_smi()
+
+    def describe(self) -> Record:
+        empty = torch.zeros(1, device="cuda")
+        nothing = self.measure({"": lambda: empty.zero_()}, Effort(repeats=30, budget_s=1.0))[""]
+        return {
+            "machine": self._properties.name,
+            "compute_capability": f"{self._properties.major}.{self._properties.minor}",
+            "multiprocessors": self._properties.multi_processor_count,
+            "memory_bytes": self._properties.total_memory,
+            "l2_bytes": self._properties.L2_cache_size,
+            "flush_bytes": self._written.numel() * 4,
+            "driver": self._before.get("driver_version", "unknown"),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "us_empty_kernel": round(nothing.median_us, 2),  # in every figure of this run
+            **{f"before_{name}": value for name, value in self._before.items() if name != "driver_version"},
+        }
+
+    def after(self) -> Record:
+        """State of the card at the end of a run."""
+        return {f"after_{name}": value for name, value in _nvidia_smi().items() if name != "driver_version"}
+
+    def ceilings(self) -> Ceilings:
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        c = torch.empty_like(a)
+        source = torch.ones(1 << 30, device="cuda")  # 4 GiB
+        target = torch.empty_like(source)
+        gemm = self.measure({"": lambda: torch.mm(a, b, out=c)}, Effort(repeats=20, budget_s=0.5))[""].min_us / 1e6
+        # Both ways that a copy may take: the copy that the driver chooses, and a kernel.
+        copies = {"copy": lambda: target.copy_(source), "kernel": lambda: torch.neg(source, out=target)}
+        copy = min(s.min_us for s in self.measure(copies, Effort(repeats=20, budget_s=1.0)).values()) / 1e6
+        return Ceilings(2 * 8192**3 / gemm / 1e12, "bf16 8192^3", 2 * source.numel() * 4 / copy / 1e9)
+
+    def measure(self, functions: Mapping[str, Call], effort: Effort) -> dict[str, Samples]:
+        launches: dict[str, Call] = {}
+        samples: dict[str, Samples] = {}
         for name, function in functions.items():
-            device.flush()
-            samples[name].seconds.append(device.seconds(function))
-    return samples
+            launches[name], samples[name] = self._prepare(function)
+        self._sample(launches, samples, 1)  # the first replay of a graph uploads it
+        for s in samples.values():
+            s.seconds.clear()
+        deadline = time.perf_counter() + effort.budget_s
+        while len(next(iter(samples.values())).seconds) < max(effort.repeats, 3):
+            done = len(next(iter(samples.values())).seconds)
+            if done >= 3 and time.perf_counter() > deadline:
+                break
+            self._sample(launches, samples, 3)
+        return samples
+
+    def path_of(self, run: Call) -> Record:
+        """By the names of the kernels that run: those of the Hopper path have sm90 in theirs."""
+        names = self._activities(run)
+        kernels = [name for name in names if not name.startswith(("Memset", "Memcpy"))]
+        if not kernels:
+            return {"path": "portable" if os.environ.get("KIMI_CUDA_PATH") == "portable" else "unknown"}
+        return {"path": "sm90" if any("sm90" in name for name in kernels) else "portable", "kernels": len(kernels)}
+
+    @staticmethod
+    def _activities(run: Call) -> list[str]:
+        """Names of the kernels, copies and fills of one call; empty without a profiler on this machine."""
+        from torch.profiler import ProfilerActivity, profile
+
+        try:
+            with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
+                run()
+                torch.cuda.synchronize()
+            return [event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        except RuntimeError:
+            return []
+
+    def release(self) -> None:
+        if torch.cuda.memory_reserved() > self._properties.total_memory // 3:
+            torch.cuda.empty_cache()
+
+    def broken(self) -> bool:
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            return True
+        return False
+
+    def _prepare(self, function: Call) -> tuple[Call, Samples]:
+        """Warms up; returns what launches the call, and where its samples go."""
+        function()  # compiles, tunes
+        estimate = self._wall(function, 1)
+        samples = Samples(timing="events")
+        if estimate > self.MAX_CAPTURED_S:
+            return function, samples
+        estimate = self._wall(function, 2)
+        samples.eager_us = _digits(self._wall(function, max(2, min(self.EAGER_CALLS, int(0.02 / estimate)))) * 1e6)
+        if any(name.startswith("Memcpy") for name in self._activities(function)):
+            return function, samples  # in a graph a copy takes a slower engine than outside
+        try:
+            graph = self._captured(function)
+        except Exception:  # it synchronises, say
+            torch.cuda.synchronize()
+            return function, samples
+        samples.timing = "graph"
+        return graph.replay, samples
+
+    @staticmethod
+    def _captured(function: Call) -> torch.cuda.CUDAGraph:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        return graph
+
+    @staticmethod
+    def _wall(function: Call, calls: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    def _sample(self, launches: Mapping[str, Call], samples: Mapping[str, Samples], count: int) -> None:
+        events = {}
+        for name, launch in launches.items():
+            events[name] = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+            for start, end in events[name]:
+                self._written.fill_(1.0)
+                torch.sum(self._read, dim=0, out=self._sum)
+                start.record()
+                launch()
+                end.record()
+            torch.cuda.synchronize()
+        for name, pairs in events.items():
+            samples[name].seconds += [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
-def run_case(case: Case, device: Device, ceilings: Ceilings, *, repeats: int, budget_s: float) -> Record:
-    """Checks and times one case; returns its record."""
-    case.check()
-    with torch.inference_mode():
-        samples = measure(device, {"": case.run, **case.peers}, repeats=repeats, budget_s=budget_s)
-    ours = samples.pop("")
-    seconds = ours.median_us / 1e6
-    compute_s, memory_s = case.flops / ceilings.gflops / 1e9, case.bytes / ceilings.gbytes / 1e9
-    return {
-        "op": case.op,
-        "case": case.name,
-        "device": case.device,
-        "us_median": round(ours.median_us, 2),
-        "us_min": round(ours.min_us, 2),
-        "repeats": len(ours.seconds),
-        "flops": case.flops,
-        "bytes": case.bytes,
-        "gflops": round(case.flops / seconds / 1e9, 2),
-        "gbytes": round(case.bytes / seconds / 1e9, 2),
-        "roof_percent": round(100 * max(compute_s, memory_s) / seconds, 1),
-        "bound": "compute" if compute_s > memory_s else "memory",
-        **({"tokens_per_s": round(case.tokens / seconds, 1)} if case.tokens else {}),
-        "peers": {
-            name: {"us_median": round(s.median_us, 2), "us_min": round(s.min_us, 2), "x": round(s.median_us / ours.median_us, 2)}
-            for name, s in samples.items()
-        },
-    }
+DEVICES: dict[str, Callable[[], Device]] = {"cpu": Cpu, "cuda": Cuda}
 
 
-def line_of(record: Record) -> str:
-    notes = [f"{name} {peer['us_median']:.1f}us {peer['x']:.2f}x" for name, peer in record["peers"].items()]
+def close(out: Tensor, ref: Tensor, max_r: float, name: str = "output") -> None:
+    """Finite, and |out - ref| / |ref| <= max_r; raises AssertionError otherwise. In fp64, in pieces, on the device of `out`."""
+    assert out.shape == ref.shape, f"{name}: shape {tuple(out.shape)} instead of {tuple(ref.shape)}"
+    difference = torch.zeros((), dtype=torch.float64, device=out.device)
+    scale = torch.zeros_like(difference)
+    for o, r in zip(out.split(1 << 14), ref.split(1 << 14), strict=True):
+        o, r = o.double(), r.to(out.device).double()
+        difference += (o - r).square().sum()
+        scale += r.square().sum()
+    error = (difference.sqrt() / scale.sqrt()).item()
+    assert error <= max_r, f"{name}: relative error {error:.2e}, allowed {max_r:.1e}"  # NaN fails
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+
+
+@dataclass
+class Session:
+    """Cases run one after another on one device, and their records."""
+
+    device: Device
+    ceilings: Ceilings
+    head: Record
+    effort: Effort
+    records: list[Record] = field(default_factory=list)
+    failed: int = 0
+    kept: list[Record] | None = None  # what the file held before this run
+
+    @classmethod
+    def start(cls, kind: str, effort: Effort, peer_libs: Path | None = None) -> Session:
+        device = DEVICES[kind]()
+        ceilings = device.ceilings()
+        session = cls(device, ceilings, header(device, ceilings, peer_libs), effort)
+        session._print_head()
+        return session
+
+    def _print_head(self) -> None:
+        head, ceilings = self.head, self.ceilings
+        what = f"{head['threads']} threads, {head['isa']}" if "threads" in head else f"driver {head['driver']}, CUDA {head['cuda']}"
+        print(f"# {head['machine']}, {what}; torch {torch.__version__}, commit {head['commit']}")
+        empty = f"; an empty kernel takes {head['us_empty_kernel']} us" if "us_empty_kernel" in head else ""
+        print(f"# ceilings: GEMM {ceilings.gemm} {_digits(ceilings.tflops)} TFLOP/s, copy {ceilings.gbps:.1f} GB/s{empty}")
+        if head.get("load", 0) > 1.5 * head.get("threads", 1):  # more than a benchmark run just before this one leaves
+            print(f"# the machine was busy before this run (load {head['load']}): the timings may mean little")
+        print(TITLE, flush=True)
+
+    def run(self, case: Case) -> bool:
+        """Returns whether more cases can run."""
+        try:
+            records = self._measure(case)
+        except Exception as error:
+            self.failed += 1
+            traceback.print_exc()
+            print(f"{case.op:<20} {case.name:<36} FAILED", flush=True)
+            self.records.append({"record": "failed", "op": case.op, "case": case.name, "error": _first_line(error)})
+            if self.device.broken():
+                print("the device answers no more: the run ends here", flush=True)
+                return False
+            del error
+            gc.collect()
+        else:
+            self.records += records
+            print(line_of(records), flush=True)
+        self.device.release()
+        return True
+
+    def _measure(self, case: Case) -> list[Record]:
+        """Checks and times one case; its record, then one for each peer."""
+        with torch.inference_mode():
+            job = case.make()
+            job.check()
+            functions, problems = {"": job.run}, {}
+            for name, peer in job.peers.items():
+                peer = peer if isinstance(peer, Peer) else Peer(peer)
+                try:
+                    if peer.check is not None:
+                        peer.check()
+                    else:
+                        peer.run()
+                    functions[name] = peer.run
+                except Exception as error:
+                    if self.device.broken():
+                        raise
+                    problems[name] = _first_line(error)
+            path = self.device.path_of(job.run)
+            samples = self.device.measure(functions, self.effort)
+        ours = samples.pop("")
+        seconds = ours.median_us / 1e6
+        compute_s, memory_s = job.flops / self.ceilings.tflops / 1e12, job.bytes / self.ceilings.gbps / 1e9
+        record: Record = {
+            "record": "case",
+            "op": case.op,
+            "case": case.name,
+            **path,
+            "us": _digits(ours.median_us),
+            "us_min": _digits(ours.min_us),
+            "samples": len(ours.seconds),
+            "timing": ours.timing,
+            "flops": job.flops,
+            "bytes": job.bytes,
+            "tflops": _digits(job.flops / seconds / 1e12),
+            "gbps": _digits(job.bytes / seconds / 1e9),
+            "roof_pct": round(100 * max(compute_s, memory_s) / seconds, 1),
+            "bound": "compute" if compute_s > memory_s else "memory",
+        }
+        if ours.eager_us is not None:
+            record["us_eager"] = ours.eager_us
+        if job.tokens:
+            record["tokens_per_s"] = _digits(job.tokens / seconds)
+        peers = []
+        for name in job.peers:
+            peer_record: Record = {"record": "peer", "op": case.op, "case": case.name, "peer": name}
+            if name in problems:
+                peer_record["error"] = problems[name]
+            else:
+                s = samples[name]
+                peer_record |= {
+                    "peer_us": _digits(s.median_us),
+                    "peer_us_min": _digits(s.min_us),
+                    "timing": s.timing,
+                    "ratio": round(s.median_us / ours.median_us, 2),
+                }
+                if s.eager_us is not None:
+                    peer_record["peer_us_eager"] = s.eager_us
+            peers.append(peer_record)
+        return [record, *peers]
+
+    def write(self, path: Path) -> None:
+        """Everything so far, into a file of results; may be called after every case."""
+        if self.kept is None:
+            self.kept = json.loads(path.read_text()) if path.exists() else []
+        after = getattr(self.device, "after", None)
+        state = after() if after is not None and not self.device.broken() else {}
+        write_json(path, self.kept, self.head | state, self.records)
+
+    def results_file(self) -> Path:
+        return RESULTS / f"{self.device.results}.json"
+
+
+def line_of(records: list[Record]) -> str:
+    record, notes = records[0], []
     if "tokens_per_s" in record:
-        notes.insert(0, f"{record['tokens_per_s']:.1f} tokens/s")
+        notes.append(f"{record['tokens_per_s']:.1f} tokens/s")
+    for peer in records[1:]:
+        known = "peer_us" in peer
+        notes.append(f"{peer['peer']} {peer['peer_us']:.1f}us {peer['ratio']:.2f}x" if known else f"{peer['peer']}: {peer['error'][:90]}")
     return (
-        f"{record['op']:<20} {record['case']:<36} {record['us_median']:>10.1f} {record['us_min']:>10.1f} {record['gflops']:>8.1f} "
-        f"{record['gbytes']:>7.1f} {record['roof_percent']:>6.1f}  {'  '.join(notes)}"
+        f"{record['op']:<20} {record['case']:<36} {record['us']:>10.1f} {record['us_min']:>10.1f} {record['tflops']:>8.3f} "
+        f"{record['gbps']:>7.1f} {record['roof_pct']:>6.1f}  {'  '.join(notes)}"
     ).rstrip()
 
 
-TITLE = f"{'op':<20} {'case':<36} {'us(median)':>10} {'us(min)':>10} {'GFLOP/s':>8} {'GB/s':>7} {'%roof':>6}  peer us x-peer"
+TITLE = f"{'op':<20} {'case':<36} {'us(median)':>10} {'us(min)':>10} {'TFLOP/s':>8} {'GB/s':>7} {'%roof':>6}  peer us x-peer"
 
 
-def header(device: Device, ceilings: Ceilings) -> Record:
+def header(device: Device, ceilings: Ceilings, peer_libs: Path | None = None) -> Record:
     """What a reader needs to judge or repeat the run."""
     import kimi_native
 
+    versions = {"kimi_native": kimi_native.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    for package in ("triton", "fla-core", "transformers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if peer_libs is not None:
+        note = peer_libs / "VERSION"
+        versions["peer libraries"] = note.read_text().strip() if note.exists() else "unknown"
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": shlex.join([Path(sys.executable).name, os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "commit": _commit(),
-        "versions": {"kimi_native": kimi_native.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions,
         **device.describe(),
-        "ceilings": {"gflops_fp32_gemm": round(ceilings.gflops, 1), "gbytes_copy": round(ceilings.gbytes, 1)},
+        "ceiling_tflops": _digits(ceilings.tflops),
+        "ceiling_gemm": ceilings.gemm,
+        "ceiling_gbps": _digits(ceilings.gbps),
     }
 
 
-def write_json(path: Path, head: Record, records: Iterable[Record]) -> None:
-    """Adds a run to a file of records, one per line of a JSON array.
+def write_json(path: Path, kept: list[Record], head: Record, records: Iterable[Record]) -> None:
+    """Writes what a file of results held and a run: one record per line of a JSON array.
 
-    A record is replaced by the new one of the same op and case. Every record names the header of its run by `run`; headers
-    that no record names any more are dropped.
+    The records of a case (its own and those of its peers, or its failure) are replaced by the new ones of the same op and case.
+    Every record names the header of its run by `run`; headers that no record names any more are dropped.
     """
-    kept: list[Record] = json.loads(path.read_text()) if path.exists() else []
-    runs = [r["run"] for r in kept]
-    run = max(runs, default=0) + 1
-    fresh = [{"record": "case", "run": run, **r} for r in records]
+    run = max((r["run"] for r in kept), default=0) + 1
+    fresh = [{"record": r["record"], "run": run, **r} for r in records]
     replaced = {(r["op"], r["case"]) for r in fresh}
-    cases = [r for r in kept if r["record"] == "case" and (r["op"], r["case"]) not in replaced] + fresh
-    used = {r["run"] for r in cases}
-    headers = [r for r in kept if r["record"] == "header" and r["run"] in used] + [{"record": "header", "run": run, **head}]
-    cases.sort(key=lambda r: (r["op"], r["run"]))
+    results = [r for r in kept if r["record"] != "header" and (r["op"], r["case"]) not in replaced] + fresh
+    used = {r["run"] for r in results}
+    headers = [r for r in kept if r["record"] == "header" and r["run"] in used]
+    if fresh:
+        headers.append({"record": "header", "run": run, **head})
+    results.sort(key=lambda r: (r["op"], r["run"]))  # stable: peers stay behind their case
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(r) for r in headers + cases) + "\n]\n")
+    path.write_text("[\n" + ",\n".join(json.dumps(r) for r in headers + results) + "\n]\n")
 
 
-def main(cases: Iterable[Case]) -> None:
-    """The command line of every bench_<op>.py. `cases` may be a generator, so that only one case's tensors live at a time."""
-    parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").strip() or None)
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", choices=sorted(DEVICES), help="default: cuda where there is a GPU and a build for it")
     parser.add_argument("--filter", default="", help="only cases whose 'op case' contains this regular expression")
-    parser.add_argument("--json", type=Path, help="add the results to this file")
-    parser.add_argument("--quick", action="store_true", help="few repeats: does it run, not how fast")
+    parser.add_argument("--json", nargs="?", type=Path, const=Path(), help="add the results to this file (bench/results/<device>.json)")
+    parser.add_argument("--quick", action="store_true", help="few repeats (does it run, not how fast); on a GPU the core cases only")
     parser.add_argument("--list", action="store_true", help="only print the cases")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--repeats", type=int, default=50, help="timed calls of a case at most (default 50)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for a case, peers included (default 3)")
-    args = parser.parse_args()
+    parser.add_argument("--repeats", type=int, help="timed calls of a case at most (default 50; 30 on a GPU)")
+    parser.add_argument("--seconds", type=float, help="time for a case, peers included (default 3; 0.6 on a GPU)")
+    parser.add_argument("--budget-s", type=float, help="wall clock of the whole run: stops between two cases when it is over")
+    parser.add_argument("--peer-libs", type=Path, help="folder with _flashkda_C*.so and _flashmla_C*.so (bench/peers.py)")
+    return parser
+
+
+def effort_of(args: argparse.Namespace, kind: str) -> Effort:
+    repeats, budget_s = (50, 3.0) if kind == "cpu" else (30, 0.6)
+    if args.quick:
+        return Effort(3, 0.5 if kind == "cpu" else 0.1)
+    return Effort(args.repeats or repeats, args.seconds or budget_s)
+
+
+def default_device() -> str:
+    import kimi_native
+
+    built = kimi_native._C is not None and kimi_native._C.build_facts().get("cuda")
+    return "cuda" if built and torch.cuda.is_available() else "cpu"
+
+
+def run_cases(cases_of: Iterable[Callable[[str], Iterable[Case]]], args: argparse.Namespace) -> Session | None:
+    """Runs what the arguments ask for, the core cases first; None when only the names were asked for or nothing matched."""
+    import peers
+
+    began = time.monotonic()
+    kind = args.device or default_device()
+    if kind == "cuda" and not args.list and not torch.cuda.is_available():
+        sys.exit("no CUDA device: --device cpu runs the CPU backend")
     if args.threads:
         torch.set_num_threads(args.threads)
     wanted = re.compile(args.filter)
-    repeats, budget_s = (3, 0.5) if args.quick else (args.repeats, args.seconds)
+    cases = [case for of_device in cases_of for case in of_device(kind) if wanted.search(str(case))]
+    if args.quick and kind != "cpu":
+        cases = [case for case in cases if case.core]
+    if args.list:
+        for case in cases:
+            print(case)
+        return None
+    if not cases:
+        sys.exit(f"no case matches {args.filter!r}")
+    peers.use(args.peer_libs)
+    session = Session.start(kind, effort_of(args, kind), args.peer_libs)
+    for i, case in enumerate(sorted(cases, key=lambda c: kind != "cpu" and not c.core)):
+        if args.budget_s and time.monotonic() - began > args.budget_s:
+            print(f"--budget-s is over: {len(cases) - i} cases were not run", flush=True)
+            break
+        goes_on = session.run(case)
+        if args.json is not None:
+            session.write(session.results_file() if args.json == Path() else args.json)
+        if not goes_on:
+            break
+    print(f"# {len(cases)} cases, {time.monotonic() - began:.0f} s", flush=True)
+    return session
 
-    devices: dict[str, tuple[Device, Ceilings, Record]] = {}
-    records: dict[str, list[Record]] = {}
-    failed = 0
-    for case in cases:
-        if not wanted.search(f"{case.op} {case.name}"):
-            continue
-        if args.list:
-            print(f"{case.op} {case.name}")
-            continue
-        if case.device not in devices:
-            device = DEVICES[case.device]()
-            ceilings = device.ceilings()
-            head = header(device, ceilings)
-            devices[case.device] = device, ceilings, head
-            print(f"# {head['machine']}, {head['threads']} threads, {head['isa']}; torch {torch.__version__}, commit {head['commit']}")
-            print(f"# ceilings: fp32 GEMM {head['ceilings']['gflops_fp32_gemm']} GFLOP/s, copy {head['ceilings']['gbytes_copy']} GB/s")
-            if head.get("load", 0) > 1.5 * head["threads"]:  # more than a benchmark run just before this one leaves
-                print(f"# the machine was busy before this run (load {head['load']}): the timings may mean little")
-            print(TITLE, flush=True)
-        try:
-            device, ceilings, _ = devices[case.device]
-            record = run_case(case, device, ceilings, repeats=repeats, budget_s=budget_s)
-        except Exception:
-            failed += 1
-            traceback.print_exc()
-            print(f"{case.op:<20} {case.name:<36} FAILED", flush=True)
-            continue
-        records.setdefault(case.device, []).append(record)
-        print(line_of(record), flush=True)
-    if args.json:
-        for kind, of_device in records.items():
-            write_json(args.json, devices[kind][2], of_device)
-    if failed:
-        sys.exit(f"{failed} case{'s' if failed > 1 else ''} failed")
+
+def main(cases: Callable[[str], Iterable[Case]]) -> None:
+    """The command line of every bench_<op>.py. `cases` gets the kind of device, "cpu" or "cuda"."""
+    finish(run_cases([cases], arguments((sys.modules["__main__"].__doc__ or "").strip() or None).parse_args()))
+
+
+def finish(session: Session | None) -> None:
+    if session is not None and session.failed:
+        sys.exit(f"{session.failed} case{'s' if session.failed > 1 else ''} failed")
+
+
+def _digits(x: float, digits: int = 4) -> float:
+    return float(f"{x:.{digits}g}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _cpu_name() -> str:
@@ -296,12 +662,26 @@ def _isa() -> str:
     return kimi_native._C.cpu_isa() if kimi_native._C is not None else "unknown"
 
 
+def _nvidia_smi() -> Record:
+    """Driver, power and clocks, only read; empty where nvidia-smi is missing."""
+    fields = "driver_version,power.draw,power.limit,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,clocks_event_reasons.active"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={torch.cuda.current_device()}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    names = ["driver_version", "power_w", "power_limit_w", "sm_mhz", "memory_mhz", "max_sm_mhz", "temperature_c", "throttle_reasons"]
+    return dict(zip(names, values, strict=True)) if done.returncode == 0 and len(values) == len(names) else {}
+
+
 def _commit() -> str:
-    """Commit of the checkout, with a + when files were changed since."""
-    root = Path(__file__).resolve().parent
+    """Commit of the checkout, with a + when files were changed since; $KIMI_COMMIT in a tree without git."""
+    if commit := os.environ.get("KIMI_COMMIT"):
+        return commit
 
     def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:

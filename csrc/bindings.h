@@ -30,7 +30,8 @@ struct ParamsType {
   std::vector<Field> fields;
 };
 
-// A function of one params struct: an operator (validates, then runs) on one device, or the size of its workspace there.
+// A function of one params struct: an operator (validates, then runs) on one device, or the size of its workspace
+// there.
 struct Function {
   std::string name;
   std::string params;  // name of the ParamsType it takes
@@ -150,9 +151,11 @@ void cuda_entry(Module& m, const char* name, void (*run)(const P&, cudaStream_t)
 template <typename P, typename Bytes>
 void workspace_size(Module& m, const char* name, Bytes (*bytes)(const P&)) {
   m.functions.push_back(
-      {.name = name, .params = m.types.back().name, .run_cpu = nullptr, .run_cuda = nullptr, .bytes = [bytes](const void* p) {
-         return static_cast<int64_t>(bytes(*static_cast<const P*>(p)));
-       }});
+      {.name = name,
+       .params = m.types.back().name,
+       .run_cpu = nullptr,
+       .run_cuda = nullptr,
+       .bytes = [bytes](const void* p) { return static_cast<int64_t>(bytes(*static_cast<const P*>(p))); }});
 }
 
 template <typename P, typename Bytes>

@@ -354,10 +354,16 @@ class Reference:
 class Zoo:
     """Checkpoints, references and loaded models, each made when first asked for. Files are shared by the workers of a test run."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, device: str = "cpu"):
+        self.root, self.device = root, device
         self._references: dict[str, Reference] = {}
-        self._models: dict[tuple[str, bool, torch.dtype], Any] = {}
+        self._models: dict[tuple[str, str, bool, torch.dtype], Any] = {}
+
+    def on(self, device: str) -> Zoo:
+        """The same zoo, with our models on `device`; the references stay on the CPU."""
+        zoo = Zoo(self.root, device)
+        zoo._references, zoo._models = self._references, self._models
+        return zoo
 
     def checkpoint(self, variant: Variant) -> Path:
         return once(self.root, variant.name, lambda path: write_checkpoint(variant, path))
@@ -371,9 +377,10 @@ class Zoo:
         """Our KimiLinear."""
         from kimi_native import KimiLinear
 
-        key = (variant.name, batch_invariant, dtype)
+        key = (variant.name, self.device, batch_invariant, dtype)
         if key not in self._models:
-            self._models[key] = KimiLinear.from_pretrained(self.checkpoint(variant), dtype=dtype, batch_invariant=batch_invariant)
+            options: dict[str, Any] = {"device": self.device, "dtype": dtype, "batch_invariant": batch_invariant}
+            self._models[key] = KimiLinear.from_pretrained(self.checkpoint(variant), **options)
         return self._models[key]
 
     def greedy(self, variant: Variant, prompt: list[int], count: int) -> list[int]:

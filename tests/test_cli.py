@@ -17,6 +17,8 @@ from kimi_native.tiny import make_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
+DTYPE_NAMES = "must be one of bf16, bfloat16, fp32, float32, fp16, float16"
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
@@ -261,13 +263,16 @@ def test_demo_makes_its_checkpoint_once(run, tmp_path, monkeypatch):
         (["generate", "{model}", "--prompt", "a", "--system", "b"], "--system needs --chat"),
         (["generate", "{model}", "--ids", "1", "--chat"], "--chat takes text, not --ids"),
         (["generate", "{model}", "--prompt", "a", "--temperature", "-1"], "temperature must be 0 or more, got -1.0"),
-        (["generate", "{model}", "--prompt", "a", "--dtype", "int4"], "--dtype must be one of bf16, bfloat16, fp32, float32, got 'int4'"),
+        (
+            ["generate", "{model}", "--prompt", "a", "--dtype", "int4"],
+            f"--dtype {DTYPE_NAMES}, got 'int4'",
+        ),
         (["generate", "{model}", "--prompt", "a", "--prefill-chunk", "100"], "prefill_chunk must be a positive multiple of 64, got 100"),
         (["generate", "{model}", "--prompt-file", "/does/not/exist"], "[Errno 2] No such file or directory: '/does/not/exist'"),
         (["generate", "/does/not/exist", "--prompt", "a"], "no directory /does/not/exist"),
         (["generate", "{ids}", "--prompt", "a"], "this checkpoint has no tiktoken.model: give token ids with --ids"),
         (["chat", "{ids}"], "this checkpoint has no tiktoken.model, and chat needs text"),
-        (["plan", "--dtype", "int4"], "dtype must be one of bf16, bfloat16, fp32, float32, got 'int4'"),
+        (["plan", "--dtype", "int4"], f"dtype {DTYPE_NAMES}, got 'int4'"),
         (["plan", "--memory", "much"], "'much' is not an amount of memory; write for example 141GB, 80GiB or 512MiB"),
         (["plan", "--context", "2000000"], "context is 2000000; the model's limit is 1048576"),
         (["plan", "--config", "/does/not/exist"], "no config.json in /does/not/exist"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from kit import assert_same_bits, threads
+from kit import DEVICES, assert_same_bits, needs_gpu, threads
 from model_kit import REAL_GATES, REAL_LAYERS, SMALL, STORED_BF16, WITH_TEXT, Variant, Zoo, replaced, tokens
 from torch import Tensor
 
@@ -25,6 +25,12 @@ from kimi_native.model import make_batch
 MODES = pytest.mark.parametrize("batch_invariant", [False, True], ids=["default", "batch_invariant"])
 LENGTHS = [1, 63, 64, 65, 200, 333]
 DEFAULT_TOLERANCE = 1e-4  # of logprobs between two ways to compute the same, default mode
+
+
+@pytest.fixture(params=DEVICES)
+def zoo(request: pytest.FixtureRequest, zoo: Zoo) -> Zoo:
+    """The zoo with our models on each device: every test of this file runs on all of them."""
+    return zoo.on(request.param)
 
 
 def by_name(variants: list[Variant]):
@@ -242,6 +248,47 @@ def test_bfloat16(zoo: Zoo):
         short, long = Ask(tokens(50, seed=24)), Ask(prompt)
         assert_same(run(model, long, short)[1], run(model, short)[0], "pieces, beside a longer prompt")
     assert_same_bits(model.score(prompt[:64]), pieces[:64], "a prompt of a single piece")
+
+
+# ------------------------------------------------------------------------------------------------ CUDA graphs
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@MODES
+def test_graphs_change_nothing(zoo: Zoo, dtype, batch_invariant):
+    """Steps that are replayed, and padded, give what the same steps give eagerly."""
+    model = zoo.on("cuda").model(STORED_BF16, batch_invariant=batch_invariant, dtype=dtype)
+    eager, replayed = (run(model, *CROWD, prefill_chunk=128, cuda_graphs=graphs) for graphs in (False, True))
+    for i, (a, b) in enumerate(zip(replayed, eager)):
+        if batch_invariant:
+            assert_same(a, b, f"request {i}")
+        else:  # a padded step may take another GEMM of the library
+            assert a.finish_reason == b.finish_reason and len(a.token_ids) == len(b.token_ids)
+            if dtype == torch.float32:
+                assert_same(a, b, f"request {i}", bits=False)
+
+
+@needs_gpu
+def test_padding_rows_write_nothing(zoo: Zoo):
+    """Five sequences in a step of eight rows: free slots and pages keep their NaN."""
+    model = zoo.on("cuda").model(SMALL, batch_invariant=True)
+    engine = Engine(model, max_num_seqs=8, num_pages=32)
+    for n in range(5):
+        engine.add(tokens(20 + n, seed=n), SamplingParams(max_new_tokens=6, ignore_eos=True))
+    engine.step()
+    spoil(engine)
+    slots, pages = list(engine.kda._free), list(engine.latent._free)
+    for _ in range(4):
+        assert all(event.token_id is not None for event in engine.step())
+    assert engine.kda.recurrent[:, slots].isnan().all() and engine.kda.conv[:, slots].isnan().all()
+    assert engine.latent.pages[:, pages].isnan().all()
+
+
+def test_cuda_graphs_need_a_gpu(zoo: Zoo):
+    model = zoo.on("cpu").model(SMALL)
+    with pytest.raises(ValueError, match="cuda_graphs needs a model on a GPU"):
+        Engine(model, cuda_graphs=True)
 
 
 # ------------------------------------------------------------------------------------------------ snapshots and reuse
@@ -524,7 +571,7 @@ def test_sampled_tokens_have_the_logprob_of_the_model(zoo: Zoo):
     """Temperature, top_k and top_p change what is drawn, not the reported logprob."""
     model, prompt = zoo.model(SMALL), tokens(20, seed=71)
     got = run(model, Ask(prompt, SamplingParams(max_new_tokens=25, temperature=1.7, top_k=20, top_p=0.9, seed=5, ignore_eos=True)))[0]
-    logits = model.score(prompt + got.token_ids)[len(prompt) - 1 : -1]
+    logits = model.score(prompt + got.token_ids)[len(prompt) - 1 : -1].cpu()
     wanted = logits.log_softmax(-1).gather(1, torch.tensor(got.token_ids)[:, None])[:, 0].tolist()
     assert got.logprobs == pytest.approx(wanted, abs=DEFAULT_TOLERANCE)
     allowed = logits.topk(20, dim=-1).indices

@@ -1,6 +1,21 @@
 import pytest
 import torch
-from kit import DEVICES, FLOAT_DTYPES, Guarded, assert_close, assert_same_bits, opcheck, randn, strided, threads
+from kit import (
+    DEVICE_DTYPES,
+    DEVICES,
+    FLOAT_DTYPES,
+    Guarded,
+    assert_close,
+    assert_same_bits,
+    cuda_backend,
+    graph_replays,
+    needs_cpu_backend,
+    needs_gpu,
+    opcheck,
+    randn,
+    strided,
+    threads,
+)
 from spec.kda_decode import MAX_R, MAX_R_FUSED, MAX_R_STATE
 from spec.kda_decode import kda_decode as spec
 from spec.kda_decode import kda_decode_fused as spec_fused
@@ -64,8 +79,7 @@ def check_against_spec(args, device, num_commit=None):
     assert state[[s for s in range(len(state)) if s not in used.tolist()]].isnan().all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("regime", ["remember", "forget", "mixed"])
 def test_regimes(regime, gate, dtype, device):
@@ -75,24 +89,22 @@ def test_regimes(regime, gate, dtype, device):
     check_against_spec(args, device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("batch, steps", [(1, 1), (5, 1), (2, 8)])
 @pytest.mark.parametrize("heads, value_heads, key_dim, value_dim", [(1, 1, 16, 16), (2, 6, 64, 112), (1, 1, 256, 256), (4, 4, 128, 128)])
 def test_shapes(heads, value_heads, key_dim, value_dim, batch, steps, dtype, device):
     check_against_spec(problem(batch, steps, heads, value_heads, key_dim, value_dim, dtype), device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_real_shape_and_large_values(dtype, device):
     args = problem(2, 1, 32, 32, 128, 128, dtype)
     check_against_spec(args, device)
-    check_against_spec(args | {"v": args["v"] * 1e30, "state": args["state"] * 1e30, "q": args["q"] * 1e30}, device)
+    large = 1e30 if dtype != torch.float16 else 1e3  # its largest value is 65504
+    check_against_spec(args | {"v": args["v"] * large, "state": args["state"] * large, "q": args["q"] * large}, device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_num_commit_governs_the_state_and_not_the_outputs(dtype, device):
     args = on(device, problem(4, 3, 1, 2, 32, 32, dtype))
     commit = i32(0, 1, 2, 3, device=device)
@@ -111,11 +123,25 @@ def test_num_commit_governs_the_state_and_not_the_outputs(dtype, device):
         assert_same_bits(state[slot], expected[slot], f"state after {b} tokens")
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_any_number_of_steps_gives_the_same_bits(device, dtype):
+    length = 24
+    args = on(device, problem(1, length, 2, 4, 32, 16, dtype, regime="remember"))
+    results = []
+    for steps in (1, 3, 8):
+        state = args["state"].clone()
+        calls = [args | {name: args[name][:, t : t + steps] for name in TOKENS} | {"state": state} for t in range(0, length, steps)]
+        results.append((torch.cat([kda_decode(**call)[0] for call in calls]), state))
+    for out, state in results[1:]:
+        assert_same_bits(out, results[0][0])
+        assert_same_bits(state, results[0][1])
+
+
+@needs_cpu_backend
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("steps", [1, 3, 8])
-def test_steps_and_prefill_give_the_same_bits(steps, dtype, device):
-    length = 72
+def test_steps_and_prefill_give_the_same_bits(steps, dtype):
+    length, device = 72, "cpu"
     args = on(device, problem(1, length, 2, 4, 32, 16, dtype, regime="remember"))
     packed = {name: args[name][0] for name in TOKENS}
     prefill_state = args["state"].clone()
@@ -128,6 +154,26 @@ def test_steps_and_prefill_give_the_same_bits(steps, dtype, device):
     assert_same_bits(state, prefill_state)
 
 
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("key_dim, value_dim", [(48, 80), (128, 128), (144, 144)])
+def test_neighbours_and_repeats(key_dim, value_dim, device, dtype):
+    """On a GPU a head is cut into slices by the number of sequences: differently alone and in company."""
+    args = on(device, problem(9, 2, 1, 2, key_dim, value_dim, dtype))
+    together_state, again_state = args["state"].clone(), args["state"].clone()
+    together = kda_decode(**args | {"state": together_state})
+    assert_same_bits(kda_decode(**args | {"state": again_state}), together)
+    assert_same_bits(again_state, together_state)
+    for b in (4, 0, 8):
+        alone_state = args["state"].clone()
+        alone = {name: args[name][b : b + 1] for name in (*TOKENS, "slots")}
+        assert_same_bits(kda_decode(**args | alone | {"state": alone_state})[0], together[b])
+        slot = int(args["slots"][b])
+        assert_same_bits(alone_state[slot], together_state[slot])
+        alone_state[slot] = args["state"][slot]
+        assert_same_bits(alone_state, args["state"])
+
+
+@needs_cpu_backend
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("value_heads", [1, 6])
 def test_neighbours_threads_and_repeats(value_heads, dtype):
@@ -149,8 +195,7 @@ def test_neighbours_threads_and_repeats(value_heads, dtype):
                 assert_same_bits(state[slot], one_state[slot])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_skipped_sequences_and_strides(dtype, device):
     args = on(device, problem(3, 2, 2, 2, 32, 48, dtype))
     plain_state = args["state"].clone()
@@ -173,33 +218,157 @@ def test_skipped_sequences_and_strides(dtype, device):
     assert (pool[:, 2:] == 7).all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("with_norm", [True, False])
-def test_fused_against_spec(with_norm, gate, dtype, device):
-    args = fused_problem(3, 2, 2, 4, 32, 48, dtype, gate)
-    if not with_norm:
-        args |= {"norm_gate": None, "norm_weight": None}
-    commit = i32(2, 0, 1)
+def check_fused_against_spec(args, device, num_commit=None):
+    dtype, heads = args["qkv"].dtype, args["num_heads"]
     options = {name: args[name] for name in OPTIONS if name in args}
-    ours = on(device, args | {"state": args["state"].clone(), "conv_state": args["conv_state"].clone(), "num_commit": commit})
+    ours = on(device, args | {"state": args["state"].clone(), "conv_state": args["conv_state"].clone(), "num_commit": num_commit})
     out = kda_decode_fused(**ours).cpu()
     refs, states = [], []
     for b, slot in enumerate(args["slots"].tolist()):
-        norm_gate = args["norm_gate"][b] if with_norm else None
+        commit = None if num_commit is None else int(num_commit[b])
+        norm_gate = None if args["norm_gate"] is None else args["norm_gate"][b]
         ref, past, state = spec_fused(
             *(args["qkv"][b], args["conv_weight"], args["conv_state"][slot], args["g"][b], args["beta"][b], args["state"][slot]),
-            *(2, int(commit[b]), norm_gate, args["norm_weight"]),
+            *(heads, commit, norm_gate, args["norm_weight"]),
             **options,
         )
         refs.append(ref)
         states.append(state)
         assert_same_bits(ours["conv_state"][slot].cpu(), past, "conv state")
-    assert_close(out, torch.stack(refs), MAX_R_FUSED[dtype])
-    assert_close(ours["state"].cpu()[args["slots"].long()], torch.stack(states), MAX_R_FUSED[dtype], "state")
+    used = args["slots"].long()
+    state = ours["state"].cpu()
+    assert_close(out, torch.stack(refs), MAX_R[dtype] if cuda_backend(device) else MAX_R_FUSED[dtype])
+    assert_close(state[used], torch.stack(states), MAX_R_STATE if cuda_backend(device) else MAX_R_FUSED[dtype], "state")
+    others = [s for s in range(len(state)) if s not in used.tolist()]
+    assert state[others].isnan().all() and ours["conv_state"].cpu()[others].isnan().all()
 
 
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_fused_against_spec(heads, with_norm, gate, dtype, device):
+    args = fused_problem(3, 2, heads, 4, 32, 48, dtype, gate)
+    if not with_norm:
+        args |= {"norm_gate": None, "norm_weight": None}
+    check_fused_against_spec(args, device, i32(2, 0, 1))
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("batch, steps", [(1, 1), (2, 5), (1, 8)])
+@pytest.mark.parametrize("heads, value_heads, key_dim, value_dim", [(1, 1, 16, 16), (1, 3, 64, 112), (2, 2, 256, 256), (1, 2, 80, 144)])
+def test_fused_shapes(heads, value_heads, key_dim, value_dim, batch, steps, dtype, device):
+    check_fused_against_spec(fused_problem(batch, steps, heads, value_heads, key_dim, value_dim, dtype), device)
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_fused_real_shape(device, dtype):
+    check_fused_against_spec(fused_problem(2, 1, 32, 32, 128, 128, dtype), device)
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_fused_neighbours_and_repeats(heads, device, dtype):
+    args = on(device, fused_problem(5, 3, heads, 2, 48, 80, dtype))
+    pools = ("state", "conv_state")
+    together_args = args | {name: args[name].clone() for name in pools}
+    together = kda_decode_fused(**together_args)
+    again_args = args | {name: args[name].clone() for name in pools}
+    assert_same_bits(kda_decode_fused(**again_args), together)
+    for name in pools:
+        assert_same_bits(again_args[name], together_args[name], name)
+    for b in (2, 0, 4):
+        alone = {name: args[name][b : b + 1] for name in ("qkv", "g", "beta", "norm_gate", "slots")}
+        alone = args | alone | {name: args[name].clone() for name in pools}
+        assert_same_bits(kda_decode_fused(**alone)[0], together[b])
+        slot = int(args["slots"][b])
+        for name in pools:
+            assert_same_bits(alone[name][slot], together_args[name][slot], name)
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("key_dim, value_dim", [(32, 48), (128, 128)])
+def test_memory_that_is_not_aligned(key_dim, value_dim, device, dtype):
+    """Other accesses, the same bits: how a sum is ordered does not depend on them."""
+
+    def shifted(args):
+        """The same values, every tensor one element off and with odd strides between slots."""
+        moved = {}
+        for name, t in args.items():
+            if not isinstance(t, torch.Tensor) or t.dtype == torch.int32:
+                moved[name] = t
+            elif name in ("state", "conv_state"):
+                pool = torch.empty(len(t), t[0].numel() + 1, dtype=t.dtype, device=device)
+                moved[name] = pool[:, 1:].unflatten(1, t.shape[1:]).copy_(t)
+            else:
+                moved[name] = torch.empty(t.numel() + 1, dtype=t.dtype, device=device)[1:].view(t.shape).copy_(t)
+        return moved
+
+    for problem_of, op, read in [(problem, kda_decode, "v"), (fused_problem, kda_decode_fused, "norm_gate")]:
+        args = on(device, problem_of(2, 2, 1, 2, key_dim, value_dim, dtype))
+        odd = shifted(args)
+        expected = op(**args)
+        out = Guarded(args[read].numel() + 1, dtype=dtype, device=device)
+        result = op(**odd, out=out.tensor[1:].view(expected.shape))
+        out.check()
+        if cuda_backend(device):
+            assert_same_bits(result, expected)
+            assert_same_bits(odd["state"], args["state"])
+        assert_close(result, expected, MAX_R[dtype])
+        assert out.tensor[0].isnan()
+
+
+def pools_of(args):
+    return [args[name] for name in ("state", "conv_state") if name in args]
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch, heads", [(1, 32), (3, 16)])
+def test_graph_replay(batch, heads):
+    for problem_of, op in [(problem, kda_decode), (fused_problem, kda_decode_fused)]:
+        args = on("cuda", problem_of(batch, 1, heads, 32, 128, 128, torch.bfloat16))
+        work = args | {name: args[name].clone() for name in ("state", "conv_state") if name in args}
+        out = torch.empty(batch, 1, 32, 128, dtype=torch.bfloat16, device="cuda")
+
+        def run(args=args, work=work, op=op, out=out):
+            for to, start in zip(pools_of(work), pools_of(args), strict=True):
+                to.copy_(start)
+            op(**work, out=out)
+
+        graph_replays(run, [out, *pools_of(work)])
+
+
+@needs_gpu
+def test_another_stream():
+    args = on("cuda", fused_problem(3, 2, 4, 4, 128, 128, torch.bfloat16))
+    expected_args = args | {"state": args["state"].clone(), "conv_state": args["conv_state"].clone()}
+    expected, stream = kda_decode_fused(**expected_args), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        out = kda_decode_fused(**args | {"qkv": args["qkv"] * 1})
+    stream.synchronize()
+    assert_same_bits(out, expected)
+    assert_same_bits(args["state"], expected_args["state"])
+
+
+@needs_gpu
+def test_a_pool_past_2_to_the_31_elements():
+    args = on("cuda", fused_problem(2, 1, 32, 32, 128, 128, torch.bfloat16))
+    expected_args = args | {"state": args["state"].clone(), "conv_state": args["conv_state"].clone()}
+    expected = kda_decode_fused(**expected_args)
+    slots = 2**31 // (32 * 128 * 128) + 2
+    state = torch.empty(slots, 32, 128, 128, device="cuda")
+    conv_state = torch.empty(slots, 3, 12288, dtype=torch.bfloat16, device="cuda")
+    far = i32(slots - 1, 0, device="cuda")
+    for pool, name in [(state, "state"), (conv_state, "conv_state")]:
+        pool[far.long()] = args[name][args["slots"].long()]
+    assert_same_bits(kda_decode_fused(**args | {"state": state, "conv_state": conv_state, "slots": far}), expected)
+    for pool, name in [(state, "state"), (conv_state, "conv_state")]:
+        assert_same_bits(pool[far.long()], expected_args[name][args["slots"].long()], name)
+
+
+@needs_cpu_backend
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("batch, steps, heads, value_heads, key_dim, value_dim", [(2, 1, 32, 32, 128, 128), (3, 4, 1, 3, 16, 48)])
 def test_fused_is_the_three_operators_to_the_bit_on_a_cpu(batch, steps, heads, value_heads, key_dim, value_dim, dtype):
@@ -220,8 +389,7 @@ def test_fused_is_the_three_operators_to_the_bit_on_a_cpu(batch, steps, heads, v
             assert_same_bits(ours["conv_state"], conv_state)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_fused_skipped_sequences_and_strides(dtype, device):
     args = on(device, fused_problem(3, 2, 1, 2, 16, 32, dtype))
     plain_args = args | {"state": args["state"].clone(), "conv_state": args["conv_state"].clone()}
@@ -243,33 +411,37 @@ def test_fused_skipped_sequences_and_strides(dtype, device):
         assert_same_bits(odd[name], plain_args[name], name)
 
 
-def test_nothing_to_do():
-    args = problem(1, 1, 1, 2, 16, 32, torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_to_do(device):
+    args = on(device, problem(1, 1, 1, 2, 16, 32, torch.float32))
     empty = args | {name: args[name][:0] for name in (*TOKENS, "slots")}
     assert kda_decode(**empty).shape == (0, 1, 2, 32)
-    args = fused_problem(1, 1, 1, 2, 16, 32, torch.float32)
+    args = on(device, fused_problem(1, 1, 1, 2, 16, 32, torch.float32))
     empty = args | {name: args[name][:0] for name in ("qkv", "g", "beta", "norm_gate", "slots")}
     assert kda_decode_fused(**empty).shape == (0, 1, 2, 32)
 
 
-def test_opcheck():
-    args = problem(2, 2, 1, 2, 16, 16, torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    args = on(device, problem(2, 2, 1, 2, 16, 16, torch.float32))
     args["state"].nan_to_num_(0)
     names = (*TOKENS, "state", "slots", "A_log", "dt_bias")
     out = torch.empty_like(args["v"])
-    opcheck(torch.ops.kimi_native.kda_decode, (*(args[name] for name in names), i32(1, 2), 0, -5.0, 0.25, True, True, out))
-    args = fused_problem(2, 1, 1, 2, 16, 16, torch.float32)
+    opcheck(torch.ops.kimi_native.kda_decode, (*(args[name] for name in names), i32(1, 2, device=device), 0, -5.0, 0.25, True, True, out))
+    args = on(device, fused_problem(2, 1, 1, 2, 16, 16, torch.float32))
     args["state"].nan_to_num_(0)
     args["conv_state"].nan_to_num_(0)
     names = ("qkv", "conv_weight", "conv_state", "g", "beta", "state", "slots", "A_log", "dt_bias")
-    tail = (None, args["norm_gate"], args["norm_weight"], 1, 0, -5.0, 0.25, True, True, 1e-5, torch.empty(2, 1, 2, 16))
+    tail = (None, args["norm_gate"], args["norm_weight"], 1, 0, -5.0, 0.25, True, True, 1e-5, torch.empty(2, 1, 2, 16, device=device))
     opcheck(torch.ops.kimi_native.kda_decode_fused, (*(args[name] for name in names), *tail))
 
 
 @pytest.mark.skipif(kimi_native._C is None, reason="built without the pybind11 module")
-def test_entries_on_raw_pointers():
+@pytest.mark.parametrize("device", DEVICES)
+def test_entries_on_raw_pointers(device):
     _C = kimi_native._C
-    args = fused_problem(3, 2, 1, 2, 16, 32, torch.bfloat16)
+    backend = "cuda" if cuda_backend(device) else "cpu"
+    args = on(device, fused_problem(3, 2, 1, 2, 16, 32, torch.bfloat16))
     expected_args = args | {"state": args["state"].clone(), "conv_state": args["conv_state"].clone()}
     expected = kda_decode_fused(**expected_args)
     out = torch.empty_like(expected)
@@ -286,14 +458,14 @@ def test_entries_on_raw_pointers():
     f.state_slot_stride, f.conv_state_slot_stride, f.qkv_token_stride = 2 * 32 * 16, 3 * 96, 96
     f.scale = 0.25
     f.dtype = f.g_dtype = f.beta_dtype = _C.DType.bfloat16
-    workspace = torch.empty(_C.kda_decode_fused_workspace_bytes_cpu(f), dtype=torch.uint8)
+    workspace = torch.empty(getattr(_C, f"kda_decode_fused_workspace_bytes_{backend}")(f), dtype=torch.uint8, device=device)
     f.workspace = workspace.data_ptr()
-    _C.kda_decode_fused_cpu(f)
+    getattr(_C, f"kda_decode_fused_{backend}")(f)
     assert_same_bits(out, expected)
     assert_same_bits(args["state"], expected_args["state"])
     assert_same_bits(args["conv_state"], expected_args["conv_state"])
 
-    args = problem(3, 2, 1, 2, 16, 32, torch.float32)
+    args = on(device, problem(3, 2, 1, 2, 16, 32, torch.float32))
     expected_state = args["state"].clone()
     expected = kda_decode(**args | {"state": expected_state})
     out = torch.empty_like(expected)
@@ -307,9 +479,9 @@ def test_entries_on_raw_pointers():
         setattr(p, f"{name}_head_stride", args[name].stride(2))
     p.out = out.data_ptr()
     p.dtype = p.g_dtype = p.beta_dtype = _C.DType.float32
-    workspace = torch.empty(_C.kda_decode_workspace_bytes_cpu(p), dtype=torch.uint8)
+    workspace = torch.empty(getattr(_C, f"kda_decode_workspace_bytes_{backend}")(p), dtype=torch.uint8, device=device)
     p.workspace = workspace.data_ptr()
-    _C.kda_decode_cpu(p)
+    getattr(_C, f"kda_decode_{backend}")(p)
     assert_same_bits(out, expected)
     assert_same_bits(args["state"], expected_state)
 

@@ -108,8 +108,8 @@ def test_to_dict_is_json():
 def test_bad_values(options, message):
     with pytest.raises(ValueError, match=message):
         make_plan(RELEASED, **options)
-    with pytest.raises(ValueError, match="dtype must be bfloat16 or float32"):
-        make_plan(replace(RELEASED, dtype="float16"), context=1)
+    with pytest.raises(ValueError, match="dtype must be bfloat16, float16 or float32"):
+        make_plan(replace(RELEASED, dtype="float64"), context=1)
 
 
 def test_parse_bytes():

@@ -1,6 +1,20 @@
 import pytest
 import torch
-from kit import DEVICES, FLOAT_DTYPES, Guarded, assert_close, assert_same_bits, opcheck, randn, strided, threads
+from kit import (
+    DEVICE_DTYPES,
+    DEVICES,
+    Guarded,
+    assert_close,
+    assert_same_bits,
+    cuda_backend,
+    graph_replays,
+    needs_cpu_backend,
+    needs_gpu,
+    opcheck,
+    randn,
+    strided,
+    threads,
+)
 from spec.short_conv import MAX_R
 from spec.short_conv import short_conv as spec
 
@@ -27,11 +41,12 @@ def problem(lengths, channels, dtype, device="cpu", num_slots=None, seed=0, scal
     return x, weight, state, slots, cu
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("channels", [1, 7, 48, 530])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_against_spec(channels, dtype, scale, device):
+    if dtype == torch.float16:
+        scale = min(scale, 1e3)  # its largest value is 65504
     lengths = [5, 0, 1, 2, 3, 67, 64]
     x, weight, state, slots, cu = problem(lengths, channels, dtype, device, scale=scale)
     before = state.clone()
@@ -59,8 +74,7 @@ def test_real_width(device):
     assert_same_bits(state[int(slots[0])].cpu(), after)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_any_split_and_the_one_token_form_give_the_same_bits(dtype, device):
     x, weight, state, slots, cu = problem([150], 72, dtype, device)
     whole_state = state.clone()
@@ -77,7 +91,84 @@ def test_any_split_and_the_one_token_form_give_the_same_bits(dtype, device):
     assert_same_bits(s[slots.long()], whole_state[slots.long()])
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_neighbours_and_runs(device, dtype):
+    """On a GPU the length of a run follows from the number of tokens: a sequence is cut differently alone and in company."""
+    lengths = [30, 1, 0, 65, 1, 2, 3, 1, 4, 2, 1, 1, 130, *[1] * 40, 33]
+    x, weight, state, slots, cu = problem(lengths, 80, dtype, device)
+    together_state = state.clone()
+    together = short_conv(x, weight, together_state, slots, cu)
+    again_state = state.clone()
+    assert_same_bits(short_conv(x, weight, again_state, slots, cu), together)
+    assert_same_bits(again_state, together_state)
+    for n, length in enumerate(lengths):
+        rows, slot = slice(int(cu[n]), int(cu[n + 1])), slots[n].long()
+        alone_state = state.clone()
+        alone = short_conv(x[rows], weight, alone_state, slots[n : n + 1], i32(0, length, device=device))
+        assert_same_bits(alone, together[rows], f"sequence {n}")
+        assert_same_bits(alone_state[slot], together_state[slot], f"state of sequence {n}")
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("channels", [16, 33])
+def test_memory_that_is_not_aligned(channels, device, dtype):
+    x, weight, state, slots, cu = problem([5, 40], channels, dtype, device)
+    plain_state = state.clone()
+    plain = short_conv(x, weight, plain_state, slots, cu)
+    shifted = [torch.empty(t.numel() + 1, dtype=dtype, device=device)[1:].view(t.shape).copy_(t) for t in (x, weight, state)]
+    out = Guarded(45, channels + 1, dtype=dtype, device=device)
+    assert_same_bits(short_conv(*shifted, slots, cu, out=out.tensor[:, 1:]), plain)
+    assert_same_bits(shifted[2], plain_state)
+    out.check()
+    assert out.tensor[:, 0].isnan().all()
+
+
+@needs_gpu
+def test_graph_replay():
+    x, weight, state, slots, cu = problem([5, 0, 70, 1], 256, torch.bfloat16, "cuda")
+    work, out = state.clone(), torch.empty_like(x)
+    graph_replays(lambda: short_conv(x, weight, work.copy_(state), slots, cu, out=out), [out, work])
+    work_1, out_1 = state.clone(), torch.empty_like(x[:4])
+    graph_replays(lambda: short_conv_update(x[:4], weight, work_1.copy_(state), slots, out=out_1), [out_1, work_1])
+
+
+@needs_gpu
+def test_another_stream():
+    x, weight, state, slots, cu = problem([5, 300], 256, torch.bfloat16, "cuda")
+    expected_state, stream = state.clone(), torch.cuda.Stream()
+    expected = short_conv(x, weight, expected_state, slots, cu)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        x2 = x * 1
+        out = short_conv(x2, weight, state, slots, cu)
+    stream.synchronize()
+    assert_same_bits(out, expected)
+    assert_same_bits(state, expected_state)
+
+
+@needs_gpu
+def test_tensors_past_2_to_the_31_elements():
+    tokens, channels = 2**31 // 4096 + 70, 4096
+    x = torch.zeros(tokens, channels, dtype=torch.bfloat16, device="cuda")
+    x[-66:] = randn(66, channels, dtype=torch.bfloat16, device="cuda")
+    weight = randn(channels, 4, dtype=torch.bfloat16, device="cuda", seed=1)
+    pool = torch.empty(2**31 // (3 * channels) + 2, 3, channels, dtype=torch.bfloat16, device="cuda")
+    pool[-1] = randn(3, channels, dtype=torch.bfloat16, device="cuda", seed=2)
+    pool[0] = pool[-1]
+    cu = i32(0, tokens - 66, tokens, device="cuda")
+    out = short_conv(
+        x, weight, pool, i32(1, len(pool) - 1, device="cuda"), cu, has_initial_state=torch.tensor([False, True], device="cuda")
+    )
+    small = pool[:1].clone()
+    last = short_conv(x[-66:].clone(), weight, small, i32(0, device="cuda"), i32(0, 66, device="cuda"))
+    assert_same_bits(out[-66:], last)
+    assert (out[:1000] == 0).all() and (out[-1000:-66] == 0).all()
+    assert_same_bits(pool[-1], x[-3:])
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neighbours_threads_and_repeats(dtype):
     lengths = [30, 1, 0, 65]
     x, weight, state, slots, cu = problem(lengths, 1030, dtype)
@@ -96,8 +187,7 @@ def test_neighbours_threads_and_repeats(dtype):
             assert_same_bits(alone_state[slots[n].long()], one_state[slots[n].long()])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_snapshots_are_the_states_of_the_prefixes(dtype, device):
     lengths = [200, 63, 64, 0]
     x, weight, state, slots, cu = problem(lengths, 40, dtype, device, num_slots=20)
@@ -116,8 +206,7 @@ def test_snapshots_are_the_states_of_the_prefixes(dtype, device):
     assert_same_bits(after, expected)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_skipped_sequences_padding_and_strides(dtype, device):
     x, weight, state, slots, cu = problem([4, 3, 6], 24, dtype, device)
     plain_state = state.clone()
@@ -157,19 +246,22 @@ def test_nothing_to_do():
     assert (state == 0).all()
 
 
-def test_opcheck():
-    x, weight, state, slots, cu = problem([4, 70], 32, torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    x, weight, state, slots, cu = problem([4, 70], 32, torch.float32, device)
     state.nan_to_num_(0)
     out = torch.empty_like(x)
     opcheck(torch.ops.kimi_native.short_conv, (x, weight, state, slots, cu, None, None, out))
-    flags, snapshots = torch.tensor([True, False]), i32(-1, 0).view(2, 1)
+    flags, snapshots = torch.tensor([True, False], device=device), i32(-1, 0, device=device).view(2, 1)
     opcheck(torch.ops.kimi_native.short_conv, (x, weight, state, slots, cu, flags, snapshots, out))
     opcheck(torch.ops.kimi_native.short_conv_update, (x[:2], weight, state, slots, out[:2]))
 
 
 @pytest.mark.skipif(kimi_native._C is None, reason="built without the pybind11 module")
-def test_entry_on_raw_pointers():
-    x, weight, state, slots, cu = problem([4, 70], 33, torch.bfloat16)
+@pytest.mark.parametrize("device", DEVICES)
+def test_entry_on_raw_pointers(device):
+    entry = getattr(kimi_native._C, "short_conv_cuda" if cuda_backend(device) else "short_conv_cpu")
+    x, weight, state, slots, cu = problem([4, 70], 33, torch.bfloat16, device)
     expected_state = state.clone()
     expected = short_conv(x, weight, expected_state, slots, cu)
     out = torch.empty_like(x)
@@ -180,12 +272,21 @@ def test_entry_on_raw_pointers():
     p.x_stride = p.out_stride = 33
     p.state_slot_stride = 99
     p.dtype = kimi_native._C.DType.bfloat16
-    kimi_native._C.short_conv_cpu(p)
+    entry(p)
     assert_same_bits(out, expected)
+    assert_same_bits(state, expected_state)
+    # tokens_per_sequence instead of cu_seqlens, and fewer tokens committed than given
+    commit = i32(2, 37, device=device)
+    start = state.clone()
+    expected = short_conv(x, weight, expected_state.copy_(state), slots, i32(0, 37, 74, device=device))
+    p.cu_seqlens, p.tokens_per_sequence, p.num_commit = 0, 37, commit.data_ptr()
+    entry(p)
+    assert_same_bits(out, expected)
+    expected_state[int(slots[0])] = torch.cat([start[int(slots[0]), 2:], x[:2]])
     assert_same_bits(state, expected_state)
     p.x = 0
     with pytest.raises(RuntimeError, match="must not be null"):
-        kimi_native._C.short_conv_cpu(p)
+        entry(p)
 
 
 @pytest.mark.parametrize(

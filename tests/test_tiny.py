@@ -7,11 +7,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kimi_native import tiny
+from kimi_native import KimiLinear, tiny
 from kimi_native.config import ConfigError, KimiLinearConfig
 from kimi_native.text import Tokenizer
 from kimi_native.tiny import draw, make_tiny, make_tokens, tiny_config
-from kimi_native.weights import checkpoint_tensors, load_weights
+from kimi_native.weights import checkpoint_tensors, load_weights, places
 
 
 def stored(directory):
@@ -191,3 +191,28 @@ def test_bad_arguments(tmp_path, options, message):
         make_tiny(tmp_path, **options)
     assert isinstance(caught.value, ConfigError) == ("num_experts" in options)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("gates", ["real", "mild"])
+def test_random_weights_are_those_of_the_checkpoint(tmp_path, gates):
+    make_tiny(tmp_path, seed=5, gates=gates, dtype="bfloat16")
+    loaded = KimiLinear.from_pretrained(tmp_path)
+    drawn = KimiLinear.random(loaded.config, seed=5, gates=gates)
+    assert drawn.dtype == torch.bfloat16 and drawn.tokenizer is None
+    ids = list(range(70))
+    assert torch.equal(drawn.score(ids), loaded.score(ids))
+    assert not torch.equal(KimiLinear.random(loaded.config, seed=6, gates=gates).score(ids), loaded.score(ids))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("gates", ["real", "mild"])
+def test_random_weights_on_a_gpu_have_the_same_distribution(gates):
+    config = tiny_config("tiny", dtype="float32")
+    host = dict((name, place) for name, _, place in places(KimiLinear.random(config, gates=gates).weights, config))
+    there = dict((name, place) for name, _, place in places(KimiLinear.random(config, device="cuda", gates=gates).weights, config))
+    assert host.keys() == there.keys()
+    for name, t in host.items():
+        assert there[name].device.type == "cuda"
+        if t.numel() >= 1000:
+            assert there[name].std().item() == pytest.approx(t.std().item(), rel=0.2), name
+            assert there[name].mean().item() == pytest.approx(t.mean().item(), abs=0.2 * t.std().item()), name

@@ -23,6 +23,9 @@ static const Register gated_rms_norm([](Module& m) {
       .value("eps", &P::eps)
       .value("dtype", &P::dtype);
   cpu_entry<P>(m, "gated_rms_norm_cpu", &cpu::gated_rms_norm);
+#ifdef KIMI_CUDA
+  cuda_entry<P>(m, "gated_rms_norm_cuda", &cuda::gated_rms_norm);
+#endif
 });
 
 }  // namespace kimi::bindings

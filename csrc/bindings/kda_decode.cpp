@@ -48,6 +48,10 @@ static const Register kda_decode([](Module& m) {
       .value("beta_dtype", &P::beta_dtype);
   cpu_size<P>(m, "kda_decode_workspace_bytes_cpu", &cpu::kda_decode_workspace_bytes);
   cpu_entry<P>(m, "kda_decode_cpu", &cpu::kda_decode);
+#ifdef KIMI_CUDA
+  cuda_size<P>(m, "kda_decode_workspace_bytes_cuda", &cuda::kda_decode_workspace_bytes);
+  cuda_entry<P>(m, "kda_decode_cuda", &cuda::kda_decode);
+#endif
 
   using F = KdaDecodeFusedParams;
   Params<F>(m, "KdaDecodeFusedParams")
@@ -65,6 +69,10 @@ static const Register kda_decode([](Module& m) {
       .fields_of(&F::kda);
   cpu_size<F>(m, "kda_decode_fused_workspace_bytes_cpu", &cpu::kda_decode_fused_workspace_bytes);
   cpu_entry<F>(m, "kda_decode_fused_cpu", &cpu::kda_decode_fused);
+#ifdef KIMI_CUDA
+  cuda_size<F>(m, "kda_decode_fused_workspace_bytes_cuda", &cuda::kda_decode_fused_workspace_bytes);
+  cuda_entry<F>(m, "kda_decode_fused_cuda", &cuda::kda_decode_fused);
+#endif
 });
 
 }  // namespace kimi::bindings

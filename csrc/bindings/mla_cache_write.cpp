@@ -20,6 +20,9 @@ static const Register mla_cache_write([](Module& m) {
       .value("eps", &P::eps)
       .value("dtype", &P::dtype);
   cpu_entry<P>(m, "mla_cache_write_cpu", &cpu::mla_cache_write);
+#ifdef KIMI_CUDA
+  cuda_entry<P>(m, "mla_cache_write_cuda", &cuda::mla_cache_write);
+#endif
 });
 
 }  // namespace kimi::bindings

@@ -14,6 +14,9 @@ static const Register mla_merge([](Module& m) {
       .value("num_rows", &P::num_rows)
       .value("dim", &P::dim);
   cpu_entry<P>(m, "mla_merge_cpu", &cpu::mla_merge);
+#ifdef KIMI_CUDA
+  cuda_entry<P>(m, "mla_merge_cuda", &cuda::mla_merge);
+#endif
 });
 
 }  // namespace kimi::bindings

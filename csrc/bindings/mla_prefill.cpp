@@ -37,6 +37,9 @@ static const Register mla_prefill([](Module& m) {
       .value("out_dtype", &P::out_dtype);
   cpu_size<P>(m, "mla_prefill_workspace_bytes_cpu", &cpu::mla_prefill_workspace_bytes);
   cpu_entry<P>(m, "mla_prefill_cpu", &cpu::mla_prefill);
+#ifdef KIMI_CUDA
+  cuda_entry<P>(m, "mla_prefill_cuda", &cuda::mla_prefill);
+#endif
 });
 
 }  // namespace kimi::bindings

@@ -26,6 +26,9 @@ static const Register short_conv([](Module& m) {
       .value("state_slot_stride", &P::state_slot_stride)
       .value("dtype", &P::dtype);
   cpu_entry<P>(m, "short_conv_cpu", &cpu::short_conv);
+#ifdef KIMI_CUDA
+  cuda_entry<P>(m, "short_conv_cuda", &cuda::short_conv);
+#endif
 });
 
 }  // namespace kimi::bindings

@@ -57,6 +57,7 @@ void run_sequence(const KdaDecodeParams& p, int64_t n, int64_t hv, int64_t first
 
 void kda_decode(const KdaDecodeParams& p) {
   if (p.num_sequences == 0) return;
+  KIMI_CHECK(p.workspace, "kda_decode: workspace must not be null");
   const int64_t num_blocks = p.value_dim / kRows, heads = p.num_sequences * p.num_value_heads;
   int64_t shares = 1;
   while (shares < num_blocks && heads * shares < max_threads()) ++shares;
@@ -74,6 +75,7 @@ void kda_decode(const KdaDecodeParams& p) {
 
 void kda_decode_fused(const KdaDecodeFusedParams& p) {
   if (p.kda.num_sequences == 0) return;
+  KIMI_CHECK(p.workspace, "kda_decode_fused: workspace must not be null");
   KdaDecodeParams kda = p.kda;
   const int64_t num_tokens = kda.num_sequences * kda.tokens_per_sequence;
   const int64_t qk_channels = kda.num_heads * kda.key_dim, v_channels = kda.num_value_heads * kda.value_dim;
@@ -160,15 +162,15 @@ static void check_decode(const kimi::KdaDecodeParams& p, const char* name) {
 void kimi::validate(const KdaDecodeParams& p) {
   check_decode(p, "kda_decode");
   if (p.num_sequences == 0) return;
-  KIMI_CHECK(p.q && p.k && p.v && p.workspace, "kda_decode: q, k, v and workspace must not be null");
+  KIMI_CHECK(p.q && p.k && p.v, "kda_decode: q, k and v must not be null");
 }
 
 void kimi::validate(const KdaDecodeFusedParams& p) {
   check_decode(p.kda, "kda_decode_fused");
   KIMI_CHECK(p.norm_eps >= 0, "kda_decode_fused: norm_eps must not be negative, got ", p.norm_eps);
   if (p.kda.num_sequences == 0) return;
-  KIMI_CHECK(p.qkv && p.conv_weight && p.conv_state && p.workspace,
-             "kda_decode_fused: qkv, conv_weight, conv_state and workspace must not be null");
+  KIMI_CHECK(p.qkv && p.conv_weight && p.conv_state,
+             "kda_decode_fused: qkv, conv_weight and conv_state must not be null");
   KIMI_CHECK(!p.norm_gate || p.norm_weight, "kda_decode_fused: norm_weight must be given with norm_gate");
 }
 #endif

@@ -78,6 +78,7 @@ void attend_tile(const MlaPrefillParams& p, const AttentionTile& tile, int64_t s
 
 void mla_prefill(const MlaPrefillParams& p) {
   if (p.num_queries == 0 || p.num_seqs == 0 || p.num_heads == 0) return;
+  KIMI_CHECK(p.workspace, "mla_prefill: workspace must not be null");
   char* const workspace = static_cast<char*>(p.workspace);
   int64_t* const first_tile = reinterpret_cast<int64_t*>(workspace);
   char* const scratch = workspace + tile_table_bytes(p);
@@ -121,7 +122,6 @@ void kimi::validate(const MlaPrefillParams& p) {
   if (p.num_queries == 0 || p.num_seqs == 0) return;
   KIMI_CHECK(p.q && p.out && p.cu_seqlens_q && p.cu_seqlens_k,
              "mla_prefill: q, out, cu_seqlens_q and cu_seqlens_k must not be null");
-  KIMI_CHECK(p.workspace, "mla_prefill: workspace must not be null");
 }
 
 size_t kimi::cpu::mla_prefill_workspace_bytes(const MlaPrefillParams& p) {

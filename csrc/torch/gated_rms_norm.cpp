@@ -5,7 +5,7 @@
 namespace kimi::torch_glue {
 namespace {
 
-void gated_rms_norm_cpu(const Tensor& x, const Tensor& gate, const Tensor& weight, double eps, const Tensor& out) {
+void gated_rms_norm(const Tensor& x, const Tensor& gate, const Tensor& weight, double eps, const Tensor& out) {
   KIMI_CHECK(x.dim() == 3, "gated_rms_norm: x must have shape [num_tokens, num_heads, dim], got ", shape_of(x));
   const int64_t num_tokens = x.size(0), num_heads = x.size(1), dim = x.size(2);
   check_shape(gate, "gated_rms_norm: gate", {num_tokens, num_heads, dim});
@@ -35,7 +35,7 @@ void gated_rms_norm_cpu(const Tensor& x, const Tensor& gate, const Tensor& weigh
   p.eps = static_cast<float>(eps);
   p.dtype = dtype_of(x, "gated_rms_norm: x");
   validate(p);
-  cpu::gated_rms_norm(p);
+  run(x, p, KIMI_BACKENDS(gated_rms_norm));
 }
 
 }  // namespace
@@ -46,5 +46,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("gated_rms_norm", TORCH_BOX(&kimi::torch_glue::gated_rms_norm_cpu));
+  m.impl("gated_rms_norm", TORCH_BOX(&kimi::torch_glue::gated_rms_norm));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("gated_rms_norm", TORCH_BOX(&kimi::torch_glue::gated_rms_norm));
 }

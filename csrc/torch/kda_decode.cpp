@@ -13,10 +13,10 @@ void set_num_commit(KdaDecodeParams& p, const char* name, const OptionalTensor& 
   p.num_commit = pointer<int32_t>(num_commit);
 }
 
-void kda_decode_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                    const Tensor& state, const Tensor& slots, const OptionalTensor& A_log,
-                    const OptionalTensor& dt_bias, const OptionalTensor& num_commit, int64_t gate, double lower_bound,
-                    double scale, bool use_qk_l2norm, bool use_beta_sigmoid, const Tensor& out) {
+void kda_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                const Tensor& state, const Tensor& slots, const OptionalTensor& A_log, const OptionalTensor& dt_bias,
+                const OptionalTensor& num_commit, int64_t gate, double lower_bound, double scale, bool use_qk_l2norm,
+                bool use_beta_sigmoid, const Tensor& out) {
   KIMI_CHECK(q.dim() == 4, "kda_decode: q must have shape [batch, tokens, num_heads, key_dim], got ", shape_of(q));
   KdaDecodeParams p;
   p.tokens_per_sequence = q.size(1);
@@ -28,18 +28,17 @@ void kda_decode_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
                  {A_log, dt_bias, gate, lower_bound, scale, use_qk_l2norm, use_beta_sigmoid}, out, 2);
   check_shape(slots, "kda_decode: slots", {q.size(0)});
   set_num_commit(p, "kda_decode: num_commit", num_commit, q);
-  const Tensor workspace = workspace_of(q, cpu::kda_decode_workspace_bytes(p));
+  const Tensor workspace = workspace_of(q, workspace_bytes(q, p, KIMI_BACKENDS(kda_decode_workspace_bytes)));
   p.workspace = mutable_pointer(workspace);
   validate(p);
-  cpu::kda_decode(p);
+  run(q, p, KIMI_BACKENDS(kda_decode));
 }
 
-void kda_decode_fused_cpu(const Tensor& qkv, const Tensor& conv_weight, const Tensor& conv_state, const Tensor& g,
-                          const Tensor& beta, const Tensor& state, const Tensor& slots, const OptionalTensor& A_log,
-                          const OptionalTensor& dt_bias, const OptionalTensor& num_commit,
-                          const OptionalTensor& norm_gate, const OptionalTensor& norm_weight, int64_t num_heads,
-                          int64_t gate, double lower_bound, double scale, bool use_qk_l2norm, bool use_beta_sigmoid,
-                          double norm_eps, const Tensor& out) {
+void kda_decode_fused(const Tensor& qkv, const Tensor& conv_weight, const Tensor& conv_state, const Tensor& g,
+                      const Tensor& beta, const Tensor& state, const Tensor& slots, const OptionalTensor& A_log,
+                      const OptionalTensor& dt_bias, const OptionalTensor& num_commit, const OptionalTensor& norm_gate,
+                      const OptionalTensor& norm_weight, int64_t num_heads, int64_t gate, double lower_bound,
+                      double scale, bool use_qk_l2norm, bool use_beta_sigmoid, double norm_eps, const Tensor& out) {
   KIMI_CHECK(qkv.dim() == 3, "kda_decode_fused: qkv must have shape [batch, tokens, channels], got ", shape_of(qkv));
   KdaDecodeFusedParams p;
   p.kda.tokens_per_sequence = qkv.size(1);
@@ -80,10 +79,10 @@ void kda_decode_fused_cpu(const Tensor& qkv, const Tensor& conv_weight, const Te
   p.qkv_token_stride = token_stride_of(qkv, "kda_decode_fused: qkv", 2);
   p.conv_state_slot_stride = conv_state.stride(0);
   p.norm_eps = static_cast<float>(norm_eps);
-  const Tensor workspace = workspace_of(qkv, cpu::kda_decode_fused_workspace_bytes(p));
+  const Tensor workspace = workspace_of(qkv, workspace_bytes(qkv, p, KIMI_BACKENDS(kda_decode_fused_workspace_bytes)));
   p.workspace = mutable_pointer(workspace);
   validate(p);
-  cpu::kda_decode_fused(p);
+  run(qkv, p, KIMI_BACKENDS(kda_decode_fused));
 }
 
 }  // namespace
@@ -102,6 +101,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("kda_decode", TORCH_BOX(&kimi::torch_glue::kda_decode_cpu));
-  m.impl("kda_decode_fused", TORCH_BOX(&kimi::torch_glue::kda_decode_fused_cpu));
+  m.impl("kda_decode", TORCH_BOX(&kimi::torch_glue::kda_decode));
+  m.impl("kda_decode_fused", TORCH_BOX(&kimi::torch_glue::kda_decode_fused));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("kda_decode", TORCH_BOX(&kimi::torch_glue::kda_decode));
+  m.impl("kda_decode_fused", TORCH_BOX(&kimi::torch_glue::kda_decode_fused));
 }

@@ -41,9 +41,9 @@ MlaCacheWriteParams mla_cache_write_params(const Tensor& kv, const Tensor& norm_
   return p;
 }
 
-void mla_cache_write_cpu(const Tensor& kv, const Tensor& norm_weight, double eps, const Tensor& cache,
-                         const Tensor& slot_mapping) {
-  cpu::mla_cache_write(mla_cache_write_params(kv, norm_weight, eps, cache, slot_mapping));
+void mla_cache_write(const Tensor& kv, const Tensor& norm_weight, double eps, const Tensor& cache,
+                     const Tensor& slot_mapping) {
+  run(kv, mla_cache_write_params(kv, norm_weight, eps, cache, slot_mapping), KIMI_BACKENDS(mla_cache_write));
 }
 
 }  // namespace
@@ -54,5 +54,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("mla_cache_write", TORCH_BOX(&kimi::torch_glue::mla_cache_write_cpu));
+  m.impl("mla_cache_write", TORCH_BOX(&kimi::torch_glue::mla_cache_write));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("mla_cache_write", TORCH_BOX(&kimi::torch_glue::mla_cache_write));
 }

@@ -31,8 +31,8 @@ MlaMergeParams mla_merge_params(const Tensor& out, const Tensor& lse, const Tens
   return p;
 }
 
-void mla_merge_cpu(const Tensor& out, const Tensor& lse, const Tensor& other_out, const Tensor& other_lse) {
-  cpu::mla_merge(mla_merge_params(out, lse, other_out, other_lse));
+void mla_merge(const Tensor& out, const Tensor& lse, const Tensor& other_out, const Tensor& other_lse) {
+  run(out, mla_merge_params(out, lse, other_out, other_lse), KIMI_BACKENDS(mla_merge));
 }
 
 }  // namespace
@@ -43,5 +43,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("mla_merge", TORCH_BOX(&kimi::torch_glue::mla_merge_cpu));
+  m.impl("mla_merge", TORCH_BOX(&kimi::torch_glue::mla_merge));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("mla_merge", TORCH_BOX(&kimi::torch_glue::mla_merge));
 }

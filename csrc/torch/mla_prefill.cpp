@@ -76,15 +76,18 @@ MlaPrefillParams mla_prefill_params(const Tensor& q, const Tensor& k_nope, const
   return p;
 }
 
-void mla_prefill_cpu(const Tensor& q, const Tensor& k_nope, const Tensor& k_rope, const Tensor& v,
-                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, double scale,
-                     const OptionalTensor& q_begin, const Tensor& out, const OptionalTensor& lse) {
+void mla_prefill(const Tensor& q, const Tensor& k_nope, const Tensor& k_rope, const Tensor& v,
+                 const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, double scale, const OptionalTensor& q_begin,
+                 const Tensor& out, const OptionalTensor& lse) {
   MlaPrefillParams p = mla_prefill_params(q, k_nope, k_rope, v, cu_seqlens_q, cu_seqlens_k, scale, q_begin, out, lse);
-  const Tensor workspace =
-      torch::stable::new_empty(q, {static_cast<int64_t>(cpu::mla_prefill_workspace_bytes(p))}, ScalarType::Byte);
-  p.workspace = mutable_pointer(workspace);
+  OptionalTensor workspace;
+  if (!on_cuda(q)) {
+    workspace =
+        torch::stable::new_empty(q, {static_cast<int64_t>(cpu::mla_prefill_workspace_bytes(p))}, ScalarType::Byte);
+    p.workspace = mutable_pointer(workspace);
+  }
   validate(p);
-  cpu::mla_prefill(p);
+  run(q, p, KIMI_BACKENDS(mla_prefill));
 }
 
 }  // namespace
@@ -97,5 +100,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("mla_prefill", TORCH_BOX(&kimi::torch_glue::mla_prefill_cpu));
+  m.impl("mla_prefill", TORCH_BOX(&kimi::torch_glue::mla_prefill));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("mla_prefill", TORCH_BOX(&kimi::torch_glue::mla_prefill));
 }

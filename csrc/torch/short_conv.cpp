@@ -39,9 +39,9 @@ ShortConvParams short_conv_params(const Tensor& x, const Tensor& weight, const T
   return p;
 }
 
-void short_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& state, const Tensor& slots,
-                    const Tensor& cu_seqlens, const OptionalTensor& has_initial_state,
-                    const OptionalTensor& snapshot_slots, const Tensor& out) {
+void short_conv(const Tensor& x, const Tensor& weight, const Tensor& state, const Tensor& slots,
+                const Tensor& cu_seqlens, const OptionalTensor& has_initial_state, const OptionalTensor& snapshot_slots,
+                const Tensor& out) {
   ShortConvParams p = short_conv_params(x, weight, state, slots, out);
   check_shape(cu_seqlens, "short_conv: cu_seqlens", {p.num_sequences + 1});
   check_i32(cu_seqlens, "short_conv: cu_seqlens");
@@ -64,16 +64,16 @@ void short_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& state, 
     p.num_snapshots = snapshot_slots->size(1);
   }
   validate(p);
-  cpu::short_conv(p);
+  run(x, p, KIMI_BACKENDS(short_conv));
 }
 
-void short_conv_update_cpu(const Tensor& x, const Tensor& weight, const Tensor& state, const Tensor& slots,
-                           const Tensor& out) {
+void short_conv_update(const Tensor& x, const Tensor& weight, const Tensor& state, const Tensor& slots,
+                       const Tensor& out) {
   ShortConvParams p = short_conv_params(x, weight, state, slots, out);
   check_shape(slots, "short_conv_update: slots", {p.num_tokens});
   p.tokens_per_sequence = 1;
   validate(p);
-  cpu::short_conv(p);
+  run(x, p, KIMI_BACKENDS(short_conv));
 }
 
 }  // namespace
@@ -87,6 +87,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("short_conv", TORCH_BOX(&kimi::torch_glue::short_conv_cpu));
-  m.impl("short_conv_update", TORCH_BOX(&kimi::torch_glue::short_conv_update_cpu));
+  m.impl("short_conv", TORCH_BOX(&kimi::torch_glue::short_conv));
+  m.impl("short_conv_update", TORCH_BOX(&kimi::torch_glue::short_conv_update));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("short_conv", TORCH_BOX(&kimi::torch_glue::short_conv));
+  m.impl("short_conv_update", TORCH_BOX(&kimi::torch_glue::short_conv_update));
 }

@@ -87,9 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--chat", action="store_true", help="put each prompt into the chat template, as a user's message")
     prompt.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     _sampling_arguments(generate, max_new_tokens=128)
-    generate.add_argument(
-        "--prefill-chunk", type=_positive, default=2048, metavar="N", help="prompt tokens of a step (default %(default)s)"
-    )
+    generate.add_argument("--prefill-chunk", type=_positive, metavar="N", help="prompt tokens of a step (default 2048, on a GPU 8192)")
     generate.add_argument("--stats", action="store_true", help="show speed and memory on stderr")
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming text")
 
@@ -130,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="default %(default)s")
     bench.add_argument("--batch", type=_positive, default=1, metavar="N", help="requests side by side (default %(default)s)")
     bench.add_argument("--repeat", type=_positive, default=3, metavar="N", help="default %(default)s")
-    bench.add_argument("--prefill-chunk", type=_positive, default=2048, metavar="N", help="default %(default)s")
+    bench.add_argument("--prefill-chunk", type=_positive, metavar="N", help="default 2048, on a GPU 8192")
     bench.add_argument("--seed", type=int, default=0, metavar="N", help="of the random prompts (default %(default)s)")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -142,9 +140,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint's directory, or an id on the hub")
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="default %(default)s")
-    parser.add_argument("--dtype", metavar="NAME", help="bf16 or fp32 (default: the checkpoint's)")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("model", metavar="MODEL", nargs="?", help="a checkpoint's directory, or an id on the hub")
+    which.add_argument(
+        "--random", metavar="SIZE", help="instead of MODEL: random weights, drawn on the device; 48b, tiny, tiny27, demo or mid"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is a GPU that this build can use)")
+    parser.add_argument("--dtype", metavar="NAME", help="bf16, fp32 or, on a GPU, fp16 (default: the checkpoint's)")
     parser.add_argument(
         "--batch-invariant", action="store_true", help="the same bits whatever runs beside and however prompts are cut; slower"
     )
@@ -172,11 +174,20 @@ def _positive(text: str) -> int:
 
 
 def _load(args: argparse.Namespace) -> KimiLinear:
-    from kimi_native.model import KimiLinear
+    import torch
 
+    from kimi_native.config import KimiLinearConfig
+    from kimi_native.model import KimiLinear, default_device
+    from kimi_native.tiny import tiny_config
+
+    device = args.device or default_device()
+    if args.random is not None:
+        dtype = getattr(torch, _dtype(args.dtype) or "bfloat16")
+        config = KimiLinearConfig() if args.random == "48b" else tiny_config(args.random)
+        return KimiLinear.random(config, device=device, dtype=dtype, batch_invariant=args.batch_invariant)
     return KimiLinear.from_pretrained(
         args.model,
-        device=args.device,
+        device=device,
         dtype=_dtype(args.dtype),
         batch_invariant=args.batch_invariant,
         progress=sys.stderr.isatty(),
@@ -240,19 +251,30 @@ def _memory(model: KimiLinear) -> dict[str, int]:
     import resource
 
     scale = 1 if sys.platform == "darwin" else 1024
-    return {"weights_bytes": model.weights_bytes, "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+    memory = {"weights_bytes": model.weights_bytes, "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+    if model.device.type == "cuda":
+        import torch
+
+        memory["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(model.device)
+    return memory
+
+
+def _memory_line(stats: dict[str, Any]) -> str:
+    from kimi_native.plan import human_bytes
+
+    gpu = stats.get("peak_gpu_memory_bytes")
+    peaks = f"peak of the process {human_bytes(stats['peak_memory_bytes'])}" + (f", of the GPU {human_bytes(gpu)}" if gpu else "")
+    return f"memory   weights {human_bytes(stats['weights_bytes'])}, {peaks}"
 
 
 def _show_stats(stats: dict[str, Any]) -> None:
-    from kimi_native.plan import human_bytes
-
     def rate(value: float | None) -> str:
         return "" if value is None else f"{value:>10,.1f} tokens/s"
 
     lines = [
         f"prefill  {stats['prompt_tokens']:>7,} tokens in {stats['prefill_seconds']:>7.3f} s {rate(stats['prefill_tokens_per_second'])}",
         f"decode   {stats['decode_tokens']:>7,} tokens in {stats['decode_seconds']:>7.3f} s {rate(stats['decode_tokens_per_second'])}",
-        f"memory   weights {human_bytes(stats['weights_bytes'])}, peak of the process {human_bytes(stats['peak_memory_bytes'])}",
+        _memory_line(stats),
     ]
     print("\n".join(lines), file=sys.stderr)
 
@@ -408,7 +430,7 @@ def _bench(args: argparse.Namespace) -> int:
     runs = [_bench_once(model, prompts, args.new_tokens, args.prefill_chunk) for _ in range(args.repeat)]
     prefill, decode = zip(*runs)
     result: dict[str, Any] = {
-        "model": str(args.model),
+        "model": f"random {args.random}" if args.model is None else str(args.model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "batch_invariant": model.batch_invariant,
@@ -421,14 +443,12 @@ def _bench(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    from kimi_native.plan import human_bytes
-
-    print(f"{args.model}: {result['dtype']}, {result['device']}, {result['threads']} threads, {args.repeat} runs")
+    print(f"{result['model']}: {result['dtype']}, {result['device']}, {result['threads']} threads, {args.repeat} runs")
     for name, what in (("prefill", f"{args.batch} x {args.prompt_tokens} tokens"), ("decode", f"{args.batch} x {args.new_tokens} tokens")):
         spread = result[f"{name}_tokens_per_second"]
         if spread is not None:
             print(f"{name:<8} {what:<18} {spread['median']:>12,.1f} tokens/s  ({spread['min']:,.1f} to {spread['max']:,.1f})")
-    print(f"memory   weights {human_bytes(result['weights_bytes'])}, peak of the process {human_bytes(result['peak_memory_bytes'])}")
+    print(_memory_line(result))
     return 0
 
 
@@ -436,13 +456,14 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
     return {"median": median(values), "min": min(values), "max": max(values)} if values else None
 
 
-def _bench_once(model: KimiLinear, prompts: list[list[int]], new_tokens: int, prefill_chunk: int) -> tuple[float, float | None]:
+def _bench_once(model: KimiLinear, prompts: list[list[int]], new_tokens: int, prefill_chunk: int | None) -> tuple[float, float | None]:
     """Tokens/s of the prefill (until every request has its first token) and of the decoding after it (None: there is none)."""
     from kimi_native.cache import PAGE_TOKENS
     from kimi_native.generate import Engine, SamplingParams
 
     pages = sum(-(-(len(ids) + new_tokens) // PAGE_TOKENS) for ids in prompts)
     engine = Engine(model, max_num_seqs=len(prompts), num_pages=pages, prefill_chunk=prefill_chunk)
+    engine.warm_up(len(prompts))
     waiting = {engine.add(ids, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)) for ids in prompts}
     decoded, start = 0, time.perf_counter()
     first = start
@@ -470,7 +491,7 @@ def _demo(args: argparse.Namespace) -> int:
         print(f"making a random checkpoint in {directory}", file=sys.stderr)
         with _bar("making") as report:
             make_tiny(directory, preset=args.preset, overwrite=True, progress=report)
-    args.model, args.device, args.dtype, args.batch_invariant = str(directory), "cpu", None, False
+    args.model, args.random, args.device, args.dtype, args.batch_invariant = str(directory), None, None, None, False
     model = _load(args)
     assert model.tokenizer is not None
     kinds = "".join("M" if i in config.full_attn_layers else "K" for i in range(config.num_hidden_layers))

@@ -21,10 +21,14 @@ from torch import Tensor
 
 from kimi_native.cache import PAGE_TOKENS, CacheError, OutOfPages, SequenceCache
 from kimi_native.config import KimiLinearConfig
-from kimi_native.model import KimiLinear, _progress_bar, check_prefill_chunk, make_batch
+from kimi_native.model import KimiLinear, _progress_bar, check_prefill_chunk, greedy, make_batch
 
 if TYPE_CHECKING:
+    from kimi_native.graphs import DecodeGraphs
     from kimi_native.text import StreamDecoder
+
+# Prompt tokens of a step: enough to fill the machine. A chunk of MoE layers reads nearly all experts however long it is.
+PREFILL_CHUNK, GPU_PREFILL_CHUNK = 2048, 8192
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,8 @@ class Engine:
         max_num_seqs: requests that run side by side; more wait in the order they came.
         num_slots: KDA state slots (default: max_num_seqs).
         num_pages: latent pages of 64 tokens (default: 4,096 tokens for each of max_num_seqs).
-        prefill_chunk: prompt tokens in a step, a multiple of 64.
+        prefill_chunk: prompt tokens in a step, a multiple of 64 (default: 2048, on a GPU 8192).
+        cuda_graphs: replay decode steps as CUDA graphs (default: on a GPU).
 
     A request that can never fit, or whose next page cannot be had, ends with an event of finish_reason "error" that says so;
     the others go on unharmed.
@@ -185,15 +190,26 @@ class Engine:
         max_num_seqs: int = 64,
         num_slots: int | None = None,
         num_pages: int | None = None,
-        prefill_chunk: int = 2048,
+        prefill_chunk: int | None = None,
+        cuda_graphs: bool | None = None,
     ):
+        on_gpu = model.device.type == "cuda"
+        if prefill_chunk is None:
+            prefill_chunk = GPU_PREFILL_CHUNK if on_gpu else PREFILL_CHUNK
         check_prefill_chunk(prefill_chunk)
+        if cuda_graphs and not on_gpu:
+            raise ValueError("cuda_graphs needs a model on a GPU")
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
         self.model, self.max_num_seqs, self.prefill_chunk = model, max_num_seqs, prefill_chunk
         self.kda, self.latent = model.make_caches(
             max_num_seqs if num_slots is None else num_slots, max_num_seqs * 64 if num_pages is None else num_pages
         )
+        self._graphs: DecodeGraphs | None = None
+        if on_gpu if cuda_graphs is None else cuda_graphs:
+            from kimi_native.graphs import DecodeGraphs
+
+            self._graphs = DecodeGraphs(model, self.kda, self.latent, max_num_seqs)
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._events: list[TokenEvent] = []  # ends that happened between steps
@@ -252,6 +268,11 @@ class Engine:
             raise
         return cache
 
+    def warm_up(self, num_seqs: int) -> None:
+        """Captures the CUDA graph of decode steps of `num_seqs` requests now (otherwise the first such step does); nothing on a CPU."""
+        if self._graphs and num_seqs <= self._graphs.max_rows:
+            self._graphs.capture(num_seqs)
+
     @property
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running or self._events)
@@ -273,31 +294,37 @@ class Engine:
         events, self._events = self._events, []
         if not prefill and not decode:
             return events
-        done = [start + len(chunk) == len(r.prompt) for (r, chunk), start in zip(prefill, [r.cache.num_tokens for r, _ in prefill])]  # type: ignore[union-attr]
-        ends, position = [], 0
-        for (_, chunk), last in zip(prefill, done):
-            position += len(chunk)
-            if last:
-                ends.append(position - 1)
-        batch = make_batch(
-            [(r.cache, chunk) for r, chunk in prefill],  # type: ignore[misc]
-            [(r.cache, r.last_token) for r in decode],  # type: ignore[misc]
-            self.model.device,
-            ends + list(range(position, position + len(decode))),
-        )
-        logits = self.model.forward(batch, self.kda, self.latent)
+        logits, best, sampling = self._forward(prefill, decode)
+        for (token, logprob, broken), row, request in zip(best.tolist(), logits, sampling, strict=True):
+            if broken:
+                events.append(self._end(request, "error", "the model's logits are NaN for this request"))
+            elif request.params.temperature == 0:
+                events.append(self._take(request, int(token), logprob))
+            else:
+                events.append(self._take(request, *sample(row.cpu(), request.params, request.generator)))
+        return events
+
+    def _forward(self, prefill: list[tuple[_Request, list[int]]], decode: list[_Request]) -> tuple[Tensor, Tensor, list[_Request]]:
+        """One step through the model: logits and `greedy` of them, one row for each of the requests that get a token."""
+        caches = [(r.cache, r.last_token) for r in decode]
+        if self._graphs and not prefill and len(decode) <= self._graphs.max_rows:
+            logits, best = self._graphs.run(caches)  # type: ignore[arg-type]
+        else:
+            wanted, position = [], 0
+            for r, chunk in prefill:
+                position += len(chunk)
+                if r.prompt_left == len(chunk):
+                    wanted.append(position - 1)
+            wanted += range(position, position + len(decode))
+            chunks = [(r.cache, chunk) for r, chunk in prefill]
+            batch = make_batch(chunks, caches, self.model.device, wanted)  # type: ignore[arg-type]
+            logits = self.model.forward(batch, self.kda, self.latent)
+            best = greedy(logits)
         for r, chunk in prefill:
             r.cache.num_tokens += len(chunk)  # type: ignore[union-attr]
         for r in decode:
             r.cache.num_tokens += 1  # type: ignore[union-attr]
-        sampling = [r for (r, _), last in zip(prefill, done) if last] + decode
-        broken = logits.isnan().any(dim=-1).tolist()
-        for request, row, bad in zip(sampling, logits, broken):
-            if bad:
-                events.append(self._end(request, "error", "the model's logits are NaN for this request"))
-            else:
-                events.append(self._take(request, *sample(row, request.params, request.generator)))
-        return events
+        return logits, best, [r for r, _ in prefill if r.prompt_left == 0] + decode
 
     def _admit(self) -> None:
         """Moves waiting requests to the running ones while there is a slot, and pages for their prompt."""
@@ -377,7 +404,8 @@ class Engine:
 def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> tuple[int, float]:
     """A token of one row of logits ``[vocab]`` (float32), and its log-probability before temperature, top_k and top_p.
 
-    Works row by row, so that a request's choice cannot depend on the others of its step.
+    Works row by row, so that a request's choice cannot depend on the others of its step. `greedy` does what this does at
+    temperature 0 for many rows.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     if params.temperature == 0:
@@ -410,7 +438,7 @@ def generate(
     stop: str | int | list[str | int] | None = None,
     ignore_eos: bool = False,
     stream: Callable[[TokenEvent], None] | None = None,
-    prefill_chunk: int = 2048,
+    prefill_chunk: int | None = None,
     max_num_seqs: int = 64,
     progress: bool = False,
 ) -> Completion | list[Completion]:

@@ -33,9 +33,35 @@ if TYPE_CHECKING:
 # anchored at position 0, so that how a prompt is split into chunks does not change in which order a row meets its keys.
 PREFIX_PIECE_TOKENS = 8192
 
-# Up to so many rows a projection is bound by reading its weights, and our GEMM reads them 1.6 to 2 times faster than torch's on the
-# CPUs that it was measured on (docs/moe.md); with more rows the library's is the default.
+# Up to so many rows a projection is bound by reading its weights, and our GEMM reads them faster than torch's (docs/moe.md); with
+# more rows the library's is the default.
 FEW_ROWS = 16
+
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`, without waiting for the copy."""
+    return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
+
+
+def default_device() -> str:
+    """ "cuda" where torch sees a GPU that this build has kernels for, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() and torch.ops.kimi_native.cuda_build() != "none" else "cpu"
+
+
+def check_device(device: torch.device | str, dtype: torch.dtype | str | None) -> None:
+    """Raises ValueError unless this build and this machine can compute in `dtype` on `device`."""
+    kind = torch.device(device).type
+    if kind not in DTYPES:
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {str(device)!r}")
+    if kind == "cuda" and torch.ops.kimi_native.cuda_build() == "none":
+        raise ValueError("device 'cuda': this build of kimi_native has no CUDA kernels; build it where nvcc is")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': torch sees no CUDA device")
+    if dtype not in DTYPES[kind]:
+        names = " or ".join(str(d).removeprefix("torch.") for d in DTYPES[kind])
+        raise ValueError(f"dtype must be {names} on device {kind!r}, got {dtype!r}")
 
 
 @dataclass
@@ -55,10 +81,30 @@ class Batch:
     decode_slots: Tensor  # [B] int32
     decode_block_table: Tensor  # [B, M] int32
     decode_lengths: Tensor  # [B] int32: keys that each row sees, itself included
+    padding: Tensor | None = None  # [T, 1] bool: rows that belong to no sequence; None: there are none
 
     @property
     def num_decode(self) -> int:
         return self.decode_slots.shape[0]
+
+    @classmethod
+    def of_decode(cls, tokens: Tensor, latent_rows: Tensor, slots: Tensor, block_table: Tensor, lengths: Tensor) -> Batch:
+        """A step of decoding sequences alone, from tensors on the device; rows of slot -1 are padding."""
+        nobody = slots[:0]
+        return cls(
+            tokens=tokens,
+            latent_rows=latent_rows,
+            logit_rows=None,
+            num_prefill_tokens=0,
+            prefill_slots=nobody,
+            prefill_cu_seqlens=nobody,
+            prefill_has_state=nobody.bool(),
+            prefill_pieces=[],
+            decode_slots=slots,
+            decode_block_table=block_table,
+            decode_lengths=lengths,
+            padding=(slots < 0).unsqueeze(1) if slots.shape[0] > 1 else None,
+        )
 
 
 @dataclass
@@ -85,9 +131,9 @@ class PrefixPiece:
                 ends.append(ends[-1] + max(0, stop - start))
             pieces.append(
                 cls(
-                    latent_rows=torch.cat(rows).to(device),
-                    cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
-                    q_begin=torch.tensor([s.num_tokens - start for s, _ in sequences], dtype=torch.int32, device=device),
+                    latent_rows=to_device(torch.cat(rows), device),
+                    cu_seqlens=to_device(torch.tensor(ends, dtype=torch.int32), device),
+                    q_begin=to_device(torch.tensor([s.num_tokens - start for s, _ in sequences], dtype=torch.int32), device),
                 )
             )
         return pieces
@@ -112,8 +158,8 @@ def make_batch(
         sequence.reserve(sequence.num_tokens + 1)
 
     def rows_of(sequence: SequenceCache, count: int) -> list[int]:
-        positions = range(sequence.num_tokens, sequence.num_tokens + count)
-        return [sequence.pages[t // PAGE_TOKENS] * PAGE_TOKENS + t % PAGE_TOKENS for t in positions]
+        pages, positions = sequence.pages, range(sequence.num_tokens, sequence.num_tokens + count)
+        return [pages[t // PAGE_TOKENS] * PAGE_TOKENS + t % PAGE_TOKENS for t in positions]
 
     tokens, rows, ends = [], [], [0]
     for sequence, chunk in prefill:
@@ -128,22 +174,33 @@ def make_batch(
     width = max((len(s.pages) for s, _ in decode), default=0)
     block_table = [s.pages + [-1] * (width - len(s.pages)) for s, _ in decode]
 
+    def there(values: Any, dtype: torch.dtype) -> Tensor:
+        return to_device(torch.tensor(values, dtype=dtype), device)
+
     def i32(values: Any) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
+        return there(values, torch.int32)
 
     return Batch(
-        tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
-        latent_rows=torch.tensor(rows, dtype=torch.int64, device=device),
-        logit_rows=None if isinstance(logits, str) else torch.tensor(logits, dtype=torch.int64, device=device),
+        tokens=there(tokens, torch.int64),
+        latent_rows=there(rows, torch.int64),
+        logit_rows=None if isinstance(logits, str) else there(logits, torch.int64),
         num_prefill_tokens=ends[-1],
         prefill_slots=i32([s.slot for s, _ in prefill]),
         prefill_cu_seqlens=i32(ends),
-        prefill_has_state=torch.tensor([s.num_tokens > 0 for s, _ in prefill], dtype=torch.bool, device=device),
+        prefill_has_state=there([s.num_tokens > 0 for s, _ in prefill], torch.bool),
         prefill_pieces=PrefixPiece.of([(s, len(chunk)) for s, chunk in prefill], device),
         decode_slots=i32([s.slot for s, _ in decode]),
         decode_block_table=i32(block_table).view(len(decode), width),
         decode_lengths=i32([s.num_tokens + 1 for s, _ in decode]),
     )
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """Of each row of logits ``[R, vocab]``: the likeliest token (of equal ones the first), its log-probability, and whether the row
+    has a NaN. ``[R, 3]`` float64, on the device of the logits: one small copy tells the host all three."""
+    best, token = logits.max(dim=-1)
+    logprob = logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0]
+    return torch.stack([token.double(), logprob.double(), best.isnan().double()], dim=1)
 
 
 class KimiLinear:
@@ -165,10 +222,11 @@ class KimiLinear:
         self.config, self.weights, self.tokenizer = config, weights, tokenizer
         self.batch_invariant = batch_invariant
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        # W_UK as [heads, L, nope], rows to project on; 4 MB a layer at the released size
         self._absorb = [
-            a.kv_b[:, : config.qk_nope_head_dim].transpose(1, 2).contiguous()  # W_UK as [heads, L, nope], rows to project on
+            a.kv_b[:, : config.qk_nope_head_dim].transpose(1, 2).contiguous()
             for a in (layer.attention for layer in weights.layers)
-            if isinstance(a, MlaWeights) and batch_invariant
+            if isinstance(a, MlaWeights)
         ]
 
     @classmethod
@@ -186,8 +244,8 @@ class KimiLinear:
         Args:
             path_or_hub_id: a directory with `config.json` and safetensors, or a hub id such as
                 "moonshotai/Kimi-Linear-48B-A3B-Instruct", downloaded through `huggingface_hub` into its cache.
-            device: "cpu".
-            dtype: of weights and activations: torch.float32 or torch.bfloat16 (default: the config's).
+            device: "cpu" or "cuda". Tensors stream from the files to the device; the host never holds more than one shard.
+            dtype: of weights and activations: torch.float32, torch.bfloat16 or, on a GPU, torch.float16 (default: the config's).
             batch_invariant: see `__init__`.
             progress: show a progress bar on stderr.
 
@@ -200,14 +258,38 @@ class KimiLinear:
 
         directory = find_checkpoint(path_or_hub_id)
         config = KimiLinearConfig.from_pretrained(directory)
-        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or getattr(torch, config.dtype)
-        if wanted not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype must be float32 or bfloat16 on the CPU, got {dtype or config.dtype!r}")
-        if torch.device(device).type != "cpu":
-            raise ValueError(f"device must be 'cpu' in this build, got {str(device)!r}")
+        wanted = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype or getattr(torch, config.dtype)
+        check_device(device, wanted)
         with _progress_bar(progress, "loading") as report:
-            weights = load_weights(directory, config, device, wanted, report)
+            weights = load_weights(directory, config, device, wanted, report)  # type: ignore[arg-type]  # check_device has seen it
         return cls(config, weights, Tokenizer.from_pretrained(directory), batch_invariant=batch_invariant)
+
+    @classmethod
+    def random(
+        cls,
+        config: KimiLinearConfig | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        gates: str = "real",
+        batch_invariant: bool = False,
+    ) -> KimiLinear:
+        """A model with random weights, drawn on the device itself as `make_tiny` draws them; no tokenizer.
+
+        Args:
+            config: its sizes (default: the released model: 98 GB in bfloat16).
+            dtype, device, batch_invariant: as in `from_pretrained`.
+            seed, gates: as in `make_tiny`. On the CPU the values are those of its checkpoint.
+
+        Raises ValueError as `from_pretrained` does.
+        """
+        from kimi_native.tiny import random_weights
+
+        config = config or KimiLinearConfig()
+        wanted = dtype or getattr(torch, config.dtype)
+        check_device(device, wanted)
+        return cls(config, random_weights(config, device, wanted, seed=seed, gates=gates), batch_invariant=batch_invariant)
 
     # ---- use -------------------------------------------------------------------------------------------------------------
 
@@ -223,7 +305,7 @@ class KimiLinear:
             stop: strings and/or token ids that end a completion, besides the model's own end tokens.
             ignore_eos (bool): go on past end tokens.
             stream: called with every TokenEvent as it happens; `request_id` is the prompt's index.
-            prefill_chunk (int): tokens of prompts computed at a time, a multiple of 64; default 2048.
+            prefill_chunk (int): tokens of prompts computed at a time, a multiple of 64; default 2048, on a GPU 8192.
             max_num_seqs (int): prompts that run side by side; default 64.
             progress (bool): show a bar while prompts are prefilled.
 
@@ -284,7 +366,7 @@ class KimiLinear:
                 update = self._mla(x, layer.attention, batch, latent.pages[mla_index], mla_index)
                 mla_index += 1
             x = ops.rms_norm(update, layer.ffn_norm, eps, residual=residual)
-            update = self._mlp(x, layer.ffn) if isinstance(layer.ffn, MlpWeights) else self._moe(x, layer.ffn)
+            update = self._mlp(x, layer.ffn) if isinstance(layer.ffn, MlpWeights) else self._moe(x, layer.ffn, batch.padding)
         x = residual + update
         if batch.logit_rows is not None:
             x = x[batch.logit_rows]
@@ -296,13 +378,18 @@ class KimiLinear:
             return ops.batch_invariant_linear(x, weight)
         return F.linear(x, weight)
 
+    def _grouped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, G, K], weight [G, N, K]; out [T, G, N], with strides of its own."""
+        if self.batch_invariant or x.shape[0] <= FEW_ROWS:
+            return ops.batch_invariant_linear(x, weight)
+        return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+
     def _kda(self, x: Tensor, w: KdaWeights, batch: Batch, states: Tensor, conv_states: Tensor) -> Tensor:
         """Kimi Delta Attention: short convolutions on q, k, v; gated delta rule; per-head norm with an output gate."""
         c, p, split = self.config, self.config.kda_dim, batch.num_prefill_tokens
         heads, dim = c.kda_num_heads, c.kda_head_dim
-        qkv, f_a, beta, g_a = self._linear(x, w.in_proj).split([3 * p, dim, heads, dim], dim=-1)
-        forget = self._linear(f_a, w.f_b).view(-1, heads, dim)
-        gate = self._linear(g_a, w.g_b).view(-1, heads, dim)
+        qkv, gates_a, beta = self._linear(x, w.in_proj).split([3 * p, 2 * dim, heads], dim=-1)
+        forget, gate = self._grouped_linear(gates_a.unflatten(-1, (2, dim)), w.gates_b).unflatten(-1, (heads, dim)).unbind(1)
         out = x.new_empty(x.shape[0], heads, dim)
         if split:
             mixed = ops.short_conv(
@@ -367,17 +454,12 @@ class KimiLinear:
         """The query is projected into the latent space, so that the cache rows are keys and values themselves."""
         c = self.config
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        w_uk, w_uv = w.kv_b.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
-        if self.batch_invariant:
-            absorbed = ops.batch_invariant_linear(q_nope, self._absorb[index])
-        else:
-            absorbed = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
+        w_uv = w.kv_b[:, c.qk_nope_head_dim :]
+        absorbed = self._grouped_linear(q_nope, self._absorb[index])
         o = ops.mla_decode(
             torch.cat([absorbed, q_rope], dim=-1), pages, batch.decode_block_table, batch.decode_lengths, scale, latent_dim=c.kv_lora_rank
         )
-        if self.batch_invariant:
-            return ops.batch_invariant_linear(o, w_uv)
-        return torch.bmm(o.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+        return self._grouped_linear(o, w_uv)
 
     def _mlp(self, x: Tensor, w: MlpWeights) -> Tensor:
         if self.batch_invariant:  # one expert that takes every token: the fixed-order GEMMs of moe_experts, SwiGLU included
@@ -388,11 +470,13 @@ class KimiLinear:
         gate, up = self._linear(x, w.gate_up).chunk(2, dim=-1)
         return self._linear(F.silu(gate) * up, w.down)
 
-    def _moe(self, x: Tensor, w: MoeWeights) -> Tensor:
+    def _moe(self, x: Tensor, w: MoeWeights, padding: Tensor | None = None) -> Tensor:
         c = self.config
         weights, ids = ops.moe_router(
             x, w.router, w.router_bias, top_k=c.num_experts_per_token, scale=c.routed_scaling_factor, renormalize=c.moe_renormalize
         )
+        if padding is not None:
+            ids.masked_fill_(padding, -1)  # rows of nobody must not make anyone read an expert
         return ops.moe_experts(x, w.w13, w.w2, weights, ids, shared_w13=w.shared_w13, shared_w2=w.shared_w2)
 
 

@@ -15,8 +15,8 @@ from kimi_native.cache import PAGE_TOKENS
 from kimi_native.config import KimiLinearConfig
 from kimi_native.weights import checkpoint_tensors
 
-DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
-_ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32", "fp16": "float16", "float16": "float16"}
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.config.dtype not in _ITEM_BYTES:
-            raise ValueError(f"dtype must be bfloat16 or float32, got {self.config.dtype!r}")
+            raise ValueError(f"dtype must be bfloat16, float16 or float32, got {self.config.dtype!r}")
         for name in ("context", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

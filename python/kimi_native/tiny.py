@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kimi_native.config import KimiLinearConfig
 from kimi_native.text import NUM_SPECIAL_SLOTS, default_special_tokens
-from kimi_native.weights import TensorSpec, checkpoint_tensors
+from kimi_native.weights import TensorSpec, Weights, allocate, checkpoint_tensors, places
 
 
 @dataclass(frozen=True)
@@ -211,19 +211,35 @@ def _in_shards(specs: dict[str, TensorSpec], total: int, shards: int) -> Iterato
     yield group
 
 
-def draw(name: str, spec: TensorSpec, seed: int, gates: str = "real") -> Tensor:
+def random_weights(
+    config: KimiLinearConfig, device: torch.device | str, dtype: torch.dtype, *, seed: int = 0, gates: str = "real"
+) -> Weights:
+    """Parameters with the values of `make_tiny`, drawn on `device` one tensor at a time. On another device than the CPU the values
+    differ (its generator does), their distribution does not."""
+    if gates not in GATES:
+        raise ValueError(f"gates must be {' or '.join(map(repr, GATES))}, got {gates!r}")
+    weights = allocate(config, device, dtype)
+    for name, spec, place in places(weights, config):
+        place.copy_(draw(name, spec, seed, gates, device).view(place.shape))
+    return weights
+
+
+def draw(name: str, spec: TensorSpec, seed: int, gates: str = "real", device: torch.device | str = "cpu") -> Tensor:
     """The values of one tensor of a checkpoint, by its hub name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
     def normal() -> Tensor:
-        return torch.randn(spec.shape, generator=generator)
+        return torch.randn(spec.shape, generator=generator, device=device)
+
+    def uniform(count: int) -> Tensor:
+        return torch.rand(count, generator=generator, device=device)
 
     def spread() -> Tensor:
         """Uniform on (0, 1), stratified and shuffled: even a short tensor has values near both ends."""
         count = math.prod(spec.shape)
-        ends = torch.arange(count) + torch.rand(count, generator=generator)
-        return (ends / count)[torch.randperm(count, generator=generator)].view(spec.shape)
+        ends = torch.arange(count, device=device) + uniform(count)
+        return (ends / count)[torch.randperm(count, generator=generator, device=device)].view(spec.shape)
 
     if name.endswith(".A_log"):
         low, high = (0.1, 200.0) if gates == "real" else (1.0, 16.0)
@@ -237,7 +253,7 @@ def draw(name: str, spec: TensorSpec, seed: int, gates: str = "real") -> Tensor:
     elif name.endswith(".e_score_correction_bias"):
         values = 0.05 * normal()
     elif "_conv1d." in name:
-        values = normal() * (0.5 + 0.3 * torch.rand(1, generator=generator))
+        values = normal() * (0.5 + 0.3 * uniform(1))
     elif name.endswith("norm.weight"):
         values = 1.0 + 0.1 * normal()
     elif name == "model.embed_tokens.weight":

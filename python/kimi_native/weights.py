@@ -45,10 +45,9 @@ class TensorSpec(NamedTuple):
 
 @dataclass
 class KdaWeights:
-    in_proj: Tensor  # [3P + R + heads + R, D]: q, k, v, f_a, b, g_a
+    in_proj: Tensor  # [3P + 2R + heads, D]: q, k, v, f_a, g_a, b
     conv: Tensor  # [3P, 4]: q, k, v; tap 3 multiplies the current token
-    f_b: Tensor  # [P, R]: forget gate
-    g_b: Tensor  # [P, R]: output gate
+    gates_b: Tensor  # [2, P, R]: forget gate, output gate
     A_log: Tensor  # [heads] float32
     dt_bias: Tensor  # [heads, head_dim] float32
     o_norm: Tensor  # [head_dim]
@@ -129,8 +128,7 @@ def allocate(config: KimiLinearConfig, device: torch.device | str, dtype: torch.
         return KdaWeights(
             in_proj=empty(3 * p + 2 * rank + c.kda_num_heads, hidden),
             conv=empty(3 * p, c.short_conv_kernel_size),
-            f_b=empty(p, rank),
-            g_b=empty(p, rank),
+            gates_b=empty(2, p, rank),
             A_log=empty(c.kda_num_heads, dtype=torch.float32),
             dt_bias=empty(c.kda_num_heads, c.kda_head_dim, dtype=torch.float32),
             o_norm=empty(c.kda_head_dim),
@@ -191,14 +189,14 @@ def _rows(w: Weights, config: KimiLinearConfig) -> Iterator[_Row]:
 def _kda_rows(a: KdaWeights, prefix: str, c: KimiLinearConfig) -> Iterator[_Row]:
     hidden, p, rank, heads = c.hidden_size, c.kda_dim, c.kda_head_dim, c.kda_num_heads
     start = 0
-    for name, rows in [("q_proj", p), ("k_proj", p), ("v_proj", p), ("f_a_proj", rank), ("b_proj", heads), ("g_a_proj", rank)]:
+    for name, rows in [("q_proj", p), ("k_proj", p), ("v_proj", p), ("f_a_proj", rank), ("g_a_proj", rank), ("b_proj", heads)]:
         yield _Row(f"{prefix}{name}.weight", (rows, hidden), "KDA", a, "in_proj", slice(start, start + rows))
         start += rows
     taps = c.short_conv_kernel_size
     for n, name in enumerate("qkv"):
         yield _Row(f"{prefix}{name}_conv1d.weight", (p, 1, taps), "KDA", a, "conv", slice(n * p, (n + 1) * p))
-    yield _Row(prefix + "f_b_proj.weight", (p, rank), "KDA", a, "f_b")
-    yield _Row(prefix + "g_b_proj.weight", (p, rank), "KDA", a, "g_b")
+    yield _Row(prefix + "f_b_proj.weight", (p, rank), "KDA", a, "gates_b", 0)
+    yield _Row(prefix + "g_b_proj.weight", (p, rank), "KDA", a, "gates_b", 1)
     yield _Row(prefix + "A_log", (1, 1, heads, 1), "KDA", a, "A_log", float32=True)
     yield _Row(prefix + "dt_bias", (p,), "KDA", a, "dt_bias", float32=True)
     yield _Row(prefix + "o_norm.weight", (c.kda_head_dim,), "KDA", a, "o_norm")
@@ -234,11 +232,17 @@ def _moe_rows(f: MoeWeights, prefix: str, c: KimiLinearConfig) -> Iterator[_Row]
         yield from _mlp_rows(f, prefix + "shared_experts.", shared, hidden, "shared experts", "shared_w13", "shared_w2")
 
 
+def places(weights: Weights, config: KimiLinearConfig) -> Iterator[tuple[str, TensorSpec, Tensor]]:
+    """Every tensor of this model's checkpoint: its hub name, what the checkpoint holds, and the slice of our parameter it fills."""
+    dtype = getattr(torch, config.dtype)
+    for r in _rows(weights, config):
+        yield r.name, TensorSpec(r.shape, torch.float32 if r.float32 else dtype, r.group), getattr(r.part, r.parameter)[r.index]
+
+
 def checkpoint_tensors(config: KimiLinearConfig) -> dict[str, TensorSpec]:
     """Every tensor of this model's checkpoint under its hub name, with shape, dtype and group (20,493 at full size)."""
-    dtype = getattr(torch, config.dtype)
-    shapes = allocate(config, "meta", dtype)
-    return {r.name: TensorSpec(r.shape, torch.float32 if r.float32 else dtype, r.group) for r in _rows(shapes, config)}
+    shapes = allocate(config, "meta", getattr(torch, config.dtype))
+    return {name: spec for name, spec, _ in places(shapes, config)}
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------------

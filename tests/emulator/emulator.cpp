@@ -12,8 +12,8 @@
 #error "the emulator's switch between fibers is written for x86-64"
 #endif
 
-// void kimi_switch_fiber(void** save_stack_pointer, void* stack_pointer): saves what the ABI wants kept, and goes on where
-// the other stack was left.
+// void kimi_switch_fiber(void** save_stack_pointer, void* stack_pointer): saves what the ABI wants kept, and goes on
+// where the other stack was left.
 asm(R"(
 .text
 .globl kimi_switch_fiber
@@ -140,9 +140,9 @@ SharedMemory shared_memory_pages;
 void start(int index) {
   unsigned char* top = block.stacks + (static_cast<size_t>(index) + 1) * kStackBytes;
   void** sp = reinterpret_cast<void**>(top);
-  *--sp = nullptr;                                   // alignment: at entry rsp + 8 is a multiple of 16
-  *--sp = reinterpret_cast<void*>(&fiber_main);      // where the switch returns to
-  for (int i = 0; i < 6; ++i) *--sp = nullptr;       // saved registers
+  *--sp = nullptr;                               // alignment: at entry rsp + 8 is a multiple of 16
+  *--sp = reinterpret_cast<void*>(&fiber_main);  // where the switch returns to
+  for (int i = 0; i < 6; ++i) *--sp = nullptr;   // saved registers
   Fiber& fiber = block.fibers[index];
   fiber.stack_pointer = sp;
   fiber.done = false;
@@ -176,11 +176,12 @@ void run_block(dim3 grid, dim3 size, uint3 at, unsigned char* shared) {
   }
   current = nullptr;
   if (block.failure.empty() && block.alive > 0) {
-    block.failure = "deadlock: " + std::to_string(block.alive) + " of " + std::to_string(block.size) + " threads wait for ever";
+    block.failure =
+        "deadlock: " + std::to_string(block.alive) + " of " + std::to_string(block.size) + " threads wait for ever";
   }
   if (!block.failure.empty()) {
-    const std::string text = "emulator: " + block.failure + " in block " + std::to_string(at.x) + ", " + std::to_string(at.y) +
-                             ", " + std::to_string(at.z);
+    const std::string text = "emulator: " + block.failure + " in block " + std::to_string(at.x) + ", " +
+                             std::to_string(at.y) + ", " + std::to_string(at.z);
     block.failure.clear();
     throw Error(text);
   }
@@ -196,7 +197,8 @@ void fail(const char* what) {
 
 void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
   if (block.stacks == nullptr) {
-    void* p = mmap(nullptr, kStackBytes * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p = mmap(nullptr, kStackBytes * kMaxThreads, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     KIMI_CHECK(p != MAP_FAILED, "no memory for the stacks");
     block.stacks = static_cast<unsigned char*>(p);
   }

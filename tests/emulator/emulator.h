@@ -1,5 +1,5 @@
-// Runs the CUDA kernels of csrc/cuda on a CPU, for tests on machines without a GPU: what is found here is wrong indexing,
-// missing barriers and waits, divergent collectives and the like; what is not found is anything about speed.
+// Runs the CUDA kernels of csrc/cuda on a CPU, for tests on machines without a GPU: what is found here is wrong
+// indexing, missing barriers and waits, divergent collectives and the like; what is not found is anything about speed.
 //
 // Every csrc/cuda/**/*.cu is compiled as C++ with this header in front of it and tests/emulator before csrc in the
 // include path, so that the two headers which hold machine code or talk to the driver (cuda/common/ptx.h and launch.h)
@@ -55,8 +55,8 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
 // Waits until `threads` threads (0: all that have not returned) of the block are at barrier `id`.
 void block_barrier(int id, int threads);
 
-// Waits for all 32 lanes of the warp; the last one to come calls combine(lanes) with the argument of each lane. All lanes
-// must call with the same `combine`.
+// Waits for all 32 lanes of the warp; the last one to come calls combine(lanes) with the argument of each lane. All
+// lanes must call with the same `combine`.
 void warp_collective(void* argument, void (*combine)(void* const* lanes));
 
 // Copies that wait for cp_async_wait.

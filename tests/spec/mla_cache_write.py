@@ -2,7 +2,8 @@
 
 import torch
 
-MAX_R = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}  # rounding the output to bf16 alone costs 1.7e-3
+# Rounding the output alone costs 1.7e-3 in bf16 and 2.1e-4 in fp16.
+MAX_R = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.float16: 3.2e-4}
 
 
 def mla_cache_write(kv, norm_weight, eps, cache, slot_mapping):

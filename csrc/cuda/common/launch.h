@@ -10,10 +10,10 @@
 #include "kimi/common.h"
 
 // KIMI_CUDA_CHECK(call): throws kimi::Error with the text of the CUDA error.
-#define KIMI_CUDA_CHECK(call)                                                                                \
-  do {                                                                                                       \
-    const cudaError_t kimi_status = (call);                                                                  \
-    if (kimi_status != cudaSuccess) [[unlikely]]                                                             \
+#define KIMI_CUDA_CHECK(call)                                                                                     \
+  do {                                                                                                            \
+    const cudaError_t kimi_status = (call);                                                                       \
+    if (kimi_status != cudaSuccess) [[unlikely]]                                                                  \
       ::kimi::raise(__FILE_NAME__, __LINE__, #call " == cudaSuccess", "CUDA: ", cudaGetErrorString(kimi_status)); \
   } while (0)
 

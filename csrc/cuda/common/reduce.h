@@ -20,8 +20,8 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Over a one-dimensional block of whole warps; every thread gets the result. `scratch` holds 32 floats and is free again
-// after the next barrier.
+// Over a one-dimensional block of whole warps; every thread gets the result. `scratch` holds 32 floats and is free
+// again after the next barrier.
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
   x = warp_sum(x);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;

@@ -34,4 +34,8 @@ namespace cpu {
 void gated_rms_norm(const GatedRmsNormParams& p);
 }
 
+namespace cuda {
+void gated_rms_norm(const GatedRmsNormParams& p, cudaStream_t stream);
+}
+
 }  // namespace kimi

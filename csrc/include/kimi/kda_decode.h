@@ -23,7 +23,7 @@ struct KdaDecodeParams {
   const int32_t* slots = nullptr;       // [num_sequences]; -1: zeroed output rows, nothing else
   const int32_t* num_commit = nullptr;  // [num_sequences], 0 to tokens_per_sequence; null: all
   void* out = nullptr;                  // as v
-  void* workspace = nullptr;            // kda_decode_workspace_bytes(p)
+  void* workspace = nullptr;            // kda_decode_workspace_bytes(p) of the backend; null where that is 0
 
   int64_t num_sequences = 0;
   int64_t tokens_per_sequence = 0;  // 1 to 8
@@ -64,7 +64,7 @@ struct KdaDecodeFusedParams {
   void* conv_state = nullptr;         // [slots, 3, C] dtype, a slot is contiguous; updated in place
   const void* norm_gate = nullptr;    // as v: gate of the output norm, before its sigmoid; null: no norm
   const void* norm_weight = nullptr;  // [value_dim] dtype, contiguous
-  void* workspace = nullptr;          // kda_decode_fused_workspace_bytes(p)
+  void* workspace = nullptr;          // kda_decode_fused_workspace_bytes(p) of the backend; null where that is 0
 
   int64_t qkv_token_stride = 0;
   int64_t conv_state_slot_stride = 0;
@@ -83,5 +83,12 @@ void kda_decode(const KdaDecodeParams& p);
 size_t kda_decode_fused_workspace_bytes(const KdaDecodeFusedParams& p);
 void kda_decode_fused(const KdaDecodeFusedParams& p);
 }  // namespace cpu
+
+namespace cuda {
+size_t kda_decode_workspace_bytes(const KdaDecodeParams& p);
+void kda_decode(const KdaDecodeParams& p, cudaStream_t stream);
+size_t kda_decode_fused_workspace_bytes(const KdaDecodeFusedParams& p);
+void kda_decode_fused(const KdaDecodeFusedParams& p, cudaStream_t stream);
+}  // namespace cuda
 
 }  // namespace kimi

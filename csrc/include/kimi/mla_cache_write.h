@@ -33,4 +33,8 @@ namespace cpu {
 void mla_cache_write(const MlaCacheWriteParams& p);
 }
 
+namespace cuda {
+void mla_cache_write(const MlaCacheWriteParams& p, cudaStream_t stream);
+}
+
 }  // namespace kimi

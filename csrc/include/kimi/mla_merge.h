@@ -26,4 +26,8 @@ namespace cpu {
 void mla_merge(const MlaMergeParams& p);
 }
 
+namespace cuda {
+void mla_merge(const MlaMergeParams& p, cudaStream_t stream);
+}
+
 }  // namespace kimi

@@ -27,7 +27,7 @@ struct MlaPrefillParams {
   const int32_t* q_begin = nullptr;       // [num_seqs], contiguous; null: len_k - len_q
   void* out = nullptr;                    // [num_queries, num_heads, value_dim] out_dtype
   float* lse = nullptr;                   // [num_queries, num_heads], contiguous; may be null
-  void* workspace = nullptr;              // cpu::mla_prefill_workspace_bytes(p) bytes, aligned to 64
+  void* workspace = nullptr;              // cpu only: mla_prefill_workspace_bytes(p) bytes, aligned to 64
 
   int64_t num_queries = 0;
   int64_t num_seqs = 0;
@@ -57,5 +57,9 @@ namespace cpu {
 size_t mla_prefill_workspace_bytes(const MlaPrefillParams& p);
 void mla_prefill(const MlaPrefillParams& p);
 }  // namespace cpu
+
+namespace cuda {
+void mla_prefill(const MlaPrefillParams& p, cudaStream_t stream);
+}
 
 }  // namespace kimi

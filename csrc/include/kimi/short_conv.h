@@ -44,4 +44,8 @@ namespace cpu {
 void short_conv(const ShortConvParams& p);
 }
 
+namespace cuda {
+void short_conv(const ShortConvParams& p, cudaStream_t stream);
+}
+
 }  // namespace kimi

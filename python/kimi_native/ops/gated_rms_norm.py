@@ -10,7 +10,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5, *
     """``x / sqrt(mean(x^2) + eps) * weight * sigmoid(gate)`` over the last dimension: the output stage of a KDA layer.
 
     Args:
-        x: ``[..., dim]``, float32 or bfloat16, contiguous in the last dimension. ``[tokens, heads, dim]`` may have any
+        x: ``[..., dim]``, float32, bfloat16 or (on a GPU) float16, contiguous in the last dimension. ``[tokens, heads, dim]`` may have any
             strides between tokens and between heads.
         gate: shape and dtype of ``x``; before the sigmoid.
         weight: ``[dim]``, the dtype of ``x``; shared by all heads.

@@ -10,8 +10,8 @@ def mla_cache_write(kv: Tensor, norm_weight: Tensor, eps: float, cache: Tensor, 
     """``cache[slot_mapping[t]] = [RMSNorm(kv[t, :L]) * norm_weight, kv[t, L:]]``, in place.
 
     Args:
-        kv: ``[T, L + R]``, float32 or bfloat16: latent and shared key part, as the down-projection gives them. Contiguous in
-            the last dimension; tokens may lie apart (a view of a wider projection).
+        kv: ``[T, L + R]``, float32, bfloat16 or (on a GPU) float16: latent and shared key part, as the down-projection gives them.
+            Contiguous in the last dimension; tokens may lie apart (a view of a wider projection).
         norm_weight: ``[L]``, the dtype of ``kv``; its size is what says where the latent ends.
         eps: added to the mean square; dimensionless.
         cache: ``[pages, page_size, L + R]``, the dtype of ``kv``, updated in place. A page is contiguous; pages may lie apart.

@@ -23,7 +23,7 @@ def short_conv(
     inputs there.
 
     Args:
-        x: ``[T, C]``, float32 or bfloat16, contiguous in the last dimension.
+        x: ``[T, C]``, float32, bfloat16 or (on a GPU) float16, contiguous in the last dimension.
         weight: ``[C, 4]``, the dtype of ``x``; column 3 multiplies the current token.
         state: ``[S, 3, C]``, the dtype of ``x``, each slot contiguous; row 0 is the oldest input. Updated in place.
         slots: ``[N]`` int32, the slot of each sequence. -1: the sequence's output rows are zeroed, nothing else happens.
@@ -54,7 +54,7 @@ def short_conv_update(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, *
     """:func:`short_conv` of one token per sequence, with the same bits: ``x`` is ``[B, C]``, ``slots`` is ``[B]`` int32.
 
     Args:
-        x: ``[B, C]``, float32 or bfloat16, contiguous in the last dimension.
+        x: ``[B, C]``, float32, bfloat16 or (on a GPU) float16, contiguous in the last dimension.
         weight: ``[C, 4]``, the dtype of ``x``.
         state: ``[S, 3, C]``, the dtype of ``x``; updated in place.
         slots: ``[B]`` int32; -1: the output row is zeroed, nothing else happens.

@@ -88,7 +88,8 @@ struct MatrixRows {
 
 template <int Matrices, bool Transposed>
 void ldmatrix(uint32_t* r, const void* shared_row) {
-  if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0) emulator::fail("ldmatrix from an address that is not a multiple of 16");
+  if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0)
+    emulator::fail("ldmatrix from an address that is not a multiple of 16");
   MatrixRows x{r, shared_row};
   emulator::warp_collective(&x, [](void* const* lanes) {
     for (int matrix = 0; matrix < Matrices; ++matrix) {

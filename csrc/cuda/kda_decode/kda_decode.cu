@@ -1,0 +1,27 @@
+// CUDA backend of kda_decode. Portable. The kernel and its design are in kda_decode.cuh.
+#include "cuda/kda_decode/kda_decode.cuh"
+
+namespace kimi::cuda {
+
+size_t kda_decode_workspace_bytes(const KdaDecodeParams&) {
+  return 0;
+}
+
+void kda_decode(const KdaDecodeParams& p, cudaStream_t stream) {
+  namespace impl = kda_decode_impl;
+  const uintptr_t bytes = 4 * size_of(p.dtype);
+  const bool aligned = impl::aligned_kda(p) && aligned_to(bytes, p.q, p.k, p.v) &&
+                       multiples_of(4, p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride,
+                                    p.v_token_stride, p.v_head_stride);
+  // Slices of a head: as many as it takes to give every SM two blocks.
+  const int64_t heads = p.num_sequences * p.num_value_heads, wanted = 2 * multiprocessors();
+  const auto shape_of = [&](int warp_rows) {
+    const int parts = static_cast<int>(ceil_div<int64_t>(p.value_dim, warp_rows));
+    int warps = parts < impl::kMaxWarps ? parts : impl::kMaxWarps;
+    while (warps > impl::kMinWarps && heads * ceil_div(parts, warps) < wanted) warps = ceil_div(warps, 2);
+    return impl::Shape{warps, ceil_div(parts, warps)};
+  };
+  impl::launch_kernel<false>(KdaDecodeFusedParams{.kda = p}, aligned, shape_of, stream);
+}
+
+}  // namespace kimi::cuda

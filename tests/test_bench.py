@@ -1,0 +1,181 @@
+"""The benchmarks' own machinery: a wrong case is never timed, the records are flat, the reference is right, the page is current."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "scripts")]
+
+import bench_report  # noqa: E402
+import harness  # noqa: E402
+import kda_inputs  # noqa: E402
+import run  # noqa: E402
+from harness import Case, Effort, Job, Peer  # noqa: E402
+from kit import assert_close  # noqa: E402
+from spec import kda_prefill as spec  # noqa: E402
+
+MODULES = [importlib.import_module(f"bench_{name}") for name in run.MODULES]
+
+
+class StubDevice:
+    """Ceilings of one, and a clock that says what it is told."""
+
+    results = "stub"
+
+    def describe(self):
+        return {"machine": "stub", "threads": 1, "isa": "none"}
+
+    def ceilings(self):
+        return harness.Ceilings(tflops=1.0, gemm="none", gbps=1000.0)
+
+    def measure(self, functions, effort):
+        for function in functions.values():
+            function()
+        return {name: harness.Samples([1e-6 if name == "" else 3e-6] * effort.repeats) for name in functions}
+
+    def path_of(self, run):
+        return {"path": "cpu"}
+
+    def release(self):
+        pass
+
+    def broken(self):
+        return False
+
+
+def command(*arguments):
+    """bench/run.py in a process of its own."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    return subprocess.run([sys.executable, ROOT / "bench" / "run.py", *arguments], capture_output=True, text=True, env=env)
+
+
+@pytest.fixture
+def session(monkeypatch):
+    monkeypatch.setitem(harness.DEVICES, "stub", StubDevice)
+    return harness.Session.start("stub", Effort(repeats=4, budget_s=0.0))
+
+
+def raises(text):
+    def check():
+        raise AssertionError(text)
+
+    return check
+
+
+def nothing():
+    return None
+
+
+def test_a_right_case_and_its_peers(session):
+    job = Job(run=nothing, check=nothing, flops=1e6, bytes=5e2, peers={"other": nothing, "wrong": Peer(nothing, raises("off by one"))})
+    assert session.run(Case("op", "T=1", lambda: job))
+    case, other, wrong = session.records
+    assert (case["us"], case["tflops"], case["gbps"], case["roof_pct"], case["bound"]) == (1.0, 1.0, 0.5, 100.0, "compute")
+    assert (other["peer"], other["peer_us"], other["ratio"]) == ("other", 3.0, 3.0)
+    assert wrong["error"] == "off by one" and "peer_us" not in wrong
+
+
+def test_a_wrong_case_is_never_timed(session):
+    calls = []
+    job = Job(run=lambda: calls.append(1), check=raises("relative error 2"), flops=1, bytes=1)
+    assert session.run(Case("op", "T=1", lambda: job))
+    assert not calls and session.failed == 1
+    assert session.records == [{"record": "failed", "op": "op", "case": "T=1", "error": "relative error 2"}]
+
+
+def test_a_run_replaces_the_cases_it_ran_and_keeps_the_others(session, tmp_path):
+    path = tmp_path / "results.json"
+    for name in ("T=1", "T=2"):
+        session.run(Case("op", name, lambda: Job(nothing, nothing, 1, 1, {"other": nothing})))
+        session.write(path)
+    again = harness.Session.start("stub", Effort(repeats=3, budget_s=0.0))
+    again.run(Case("op", "T=2", lambda: Job(nothing, raises("broken since"), 1, 1)))
+    again.write(path)
+    records = json.loads(path.read_text())
+    assert [r["run"] for r in records if r["record"] == "header"] == [1, 2]
+    assert [(r["record"], r["case"], r["run"]) for r in records if r["record"] != "header"] == [
+        ("case", "T=1", 1),
+        ("peer", "T=1", 1),
+        ("failed", "T=2", 2),
+    ]
+
+
+def test_the_commit_of_a_tree_without_git(session, monkeypatch):
+    monkeypatch.setenv("KIMI_COMMIT", "abc123")
+    assert harness.Session.start("stub", Effort(3, 0.0)).head["commit"] == "abc123"
+
+
+def test_close_lets_no_nan_pass():
+    good, bad = torch.ones(4, 4), torch.ones(4, 4)
+    bad[2, 1] = torch.nan
+    harness.close(good, good.double(), 1e-6)
+    with pytest.raises(AssertionError):
+        harness.close(bad, good.double(), 1e-6)
+
+
+@pytest.mark.parametrize("gate", ["softplus", "bounded", "log_decay"])
+@pytest.mark.parametrize("count", [1, 32, 67])
+def test_the_chunked_reference_of_kda_is_the_recurrence(gate, count):
+    x = kda_inputs.inputs((count + 5,), heads=2, dtype=torch.float32, device="cpu")
+    if gate == "log_decay":
+        x.g = -40 * x.g.abs()  # some decays below any float
+    state = torch.randn(2, kda_inputs.DIM, kda_inputs.DIM, dtype=torch.float64)
+    tokens = slice(3, 3 + count)
+    out, final = kda_inputs.recurrence(x, state, gate, tokens)
+    parts = (t[tokens] for t in (x.q, x.k, x.v, x.g, x.beta))
+    ref, ref_final = spec.kda(*parts, state, gate=gate, A_log=x.A_log, dt_bias=x.dt_bias, lower_bound=kda_inputs.LOWER_BOUND)
+    assert_close(out, ref, 1e-12)
+    assert_close(final, ref_final, 1e-12)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_cases_have_names_of_their_own(device):
+    cases = [case for module in MODULES for case in module.cases(device)]
+    assert len({str(case) for case in cases}) == len(cases) > 50
+    assert {case.op for case in cases if case.core} == {case.op for case in cases} or device == "cpu"
+
+
+def test_the_quick_cases_of_an_operator_run_here(tmp_path):
+    path = tmp_path / "cpu.json"
+    done = command("--device", "cpu", "--quick", "--filter", "^rms_norm T=1 ", "--json", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = json.loads(path.read_text())
+    assert [r["record"] for r in records] == ["header"] + ["case", "peer"] * 4
+    head = records[0]
+    assert head["ceiling_tflops"] > 0 and head["ceiling_gbps"] > 0 and head["commit"] and head["versions"]["torch"] == torch.__version__
+
+
+def test_what_does_not_exist_is_said():
+    done = command("--device", "cpu", "--filter", "no such case")
+    assert done.returncode == 1 and "no case matches" in done.stderr
+
+
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_records_are_flat_and_complete(path):
+    records = json.loads(path.read_text())
+    runs = {r["run"] for r in records if r["record"] == "header"}
+    cases = {(r["op"], r["case"]) for r in records if r["record"] in ("case", "failed")}
+    for r in records:
+        assert r["run"] in runs
+        if r["record"] == "header":
+            assert {"date", "commit", "command", "versions", "machine", "ceiling_tflops", "ceiling_gbps"} <= r.keys()
+            continue
+        assert not any(isinstance(value, (dict, list)) for value in r.values())
+        if r["record"] == "case":
+            assert {"path", "us", "us_min", "tflops", "gbps", "roof_pct", "timing"} <= r.keys() and 0 < r["us_min"] <= r["us"]
+        elif r["record"] == "peer":
+            assert (r["op"], r["case"]) in cases and ("error" in r or {"peer_us", "ratio", "timing"} <= r.keys())
+
+
+def test_the_page_says_what_the_records_say():
+    bench_report.main(["--check"])
