@@ -7,10 +7,11 @@
 # TEST_ARGS    further arguments of pytest, such as "-k rms_norm"
 # TEST_WORKERS processes that run tests (default: cores, at most 4)
 # BENCH_ARGS   arguments of the benchmarks, such as "--quick" or "--json bench/results/cpu.json"
+# GPU_ARGS     arguments of scripts/gpu_check.py, such as "--op rms_norm --steps native,memcheck"
 
 SHELL := /bin/bash -o pipefail
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench lint format asan wheel-check clean setup
+.PHONY: help build test demo bench emulated check-kernels gpu-build gpu-check gpu-bench lint format asan wheel-check clean setup
 
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
@@ -24,6 +25,9 @@ endif
 ifeq ($(PY),$(VENV)/bin/python)
 SETUP := $(VENV)/.ready
 DEV_SETUP := $(VENV)/.ready-dev
+ifeq ($(shell command -v cuobjdump),)
+KERNELS_SETUP := $(VENV)/.ready-kernels
+endif
 endif
 export PATH := $(dir $(PY)):$(PATH)
 export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -38,6 +42,10 @@ $(VENV)/.ready: pyproject.toml scripts/venv.py
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PYTHON) scripts/venv.py make $(VENV) --group dev
+	@touch $@
+
+$(VENV)/.ready-kernels: $(VENV)/.ready
+	$(PYTHON) scripts/venv.py make $(VENV) --group kernels
 	@touch $@
 
 setup: $(SETUP)  ## the Python environment
@@ -60,7 +68,29 @@ demo: build  ## a small random checkpoint, and text generated from it
 bench: build  ## the benchmarks of the operators and of the model
 	@for file in bench/bench_*.py; do $(PY) $$file $(BENCH_ARGS) || exit 1; done
 
-CXX_FILES = $(shell git ls-files '*.h' '*.cpp')
+# The CUDA kernels in the emulator (tests/emulator): the tests of every operator that has some.
+CUDA_OPS = $(patsubst csrc/cuda/%,%,$(basename $(wildcard csrc/cuda/*.cu)) $(patsubst %/,%,$(filter-out csrc/cuda/common/,$(sort $(dir $(wildcard csrc/cuda/*/*.cu))))))
+emulated: $(SETUP)  ## the CUDA kernels without a GPU: the operators' tests, emulated on the CPU
+	cmake --preset emulated -DPython_EXECUTABLE=$(PY) > build-emulated.log || { cat build-emulated.log; rm build-emulated.log; exit 1; }; rm build-emulated.log
+	cmake --build --preset emulated
+	KIMI_NATIVE_LIB_DIR=$(CURDIR)/build-emulated/lib OMP_NUM_THREADS=1 \
+	  $(PY) -m pytest -n $(TEST_WORKERS) tests/test_emulator.py $(wildcard $(CUDA_OPS:%=tests/test_%.py)) $(TEST_ARGS)
+
+check-kernels: build $(KERNELS_SETUP)  ## the machine code of the CUDA kernels: no spills, tensor cores and wide loads where they are meant to be
+	$(PY) scripts/check_kernels.py
+
+# Libraries that another machine built and that were copied here are used as they are.
+gpu-build: $(SETUP)
+	@if [ -f build-gpu/lib/_ops.so ] && [ ! -f build-gpu/build.ninja ]; then echo "build-gpu/lib: built elsewhere, used as it is"; \
+	else cmake --preset gpu -DPython_EXECUTABLE=$(PY) && cmake --build --preset gpu; fi
+
+gpu-check: $(SETUP)  ## on a GPU: all tests on both kinds of kernels, and compute-sanitizer
+	$(PY) scripts/gpu_check.py $(GPU_ARGS)
+
+gpu-bench: gpu-build  ## on a GPU: the benchmarks of the operators
+	KIMI_NATIVE_LIB_DIR=$(CURDIR)/build-gpu/lib $(PY) bench/run.py --device cuda $(BENCH_ARGS)
+
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 lint: build $(DEV_SETUP)  ## formats and types: clang-format, ruff, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -81,5 +111,5 @@ wheel-check: $(SETUP)  ## build the wheel, install it in a clean environment, us
 	PY=$(PY) scripts/wheel_check.sh
 
 clean:  ## remove what was built (.venv stays)
-	rm -rf build build-asan dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build build-asan build-emulated build-gpu dist .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

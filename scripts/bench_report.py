@@ -43,7 +43,8 @@ problem and not of the implementation. A kernel that mostly reads can pass 100: 
 is its time and, in parentheses, how many times faster ours is, **bold** where the peer is faster.
 
 On a GPU a time is that between two events around the replay of a CUDA graph of the one call, so that launch gaps count for
-nobody; a peer that cannot be captured is marked `e`, and its launches count. An empty kernel, measured the same way, takes
+nobody; a peer that cannot be captured is marked `e`, and its launches count. A peer of the whole model that was run with
+fewer layers is marked `s`: its time is scaled to all of them. An empty kernel, measured the same way, takes
 what the table of runs says: that is in every figure. `fla` is fla-core's Triton kernels, tuned on the machine; FlashKDA and
 FlashMLA are the libraries in vLLM's wheel; `sdpa` and `torch` are torch's own.
 """
@@ -111,7 +112,7 @@ def op_table(op: str, records: list[Record]) -> list[str]:
         return [c["case"], *figures, *extra, *(peer_cell(peers.get((c["case"], name))) for name in names)]
 
     head = ["case", "us", "TFLOP/s", "GB/s", "% roof", *["path"] * on_gpu, *["tokens/s"] * with_tokens, *(f"{name}, us" for name in names)]
-    return [f"#### `{op}`", "", *table(head, map(row, cases))]
+    return [f"#### `{op}`", "", *table(head, map(row, cases)), *facts(op, records)]
 
 
 def peer_cell(peer: Record | None) -> str:
@@ -119,9 +120,24 @@ def peer_cell(peer: Record | None) -> str:
         return ""
     if "peer_us" not in peer:
         return "failed"
+    mark = " e" if peer["timing"] == "events" else " s" if peer.get("scaled") else ""
+    if peer.get("ratio") is None:
+        return f"{number(peer['peer_us'])}{mark}"
     ratio = f"({peer['ratio']:.2f}x)"
-    mark = " e" if peer["timing"] == "events" else ""
     return f"{number(peer['peer_us'])}{mark} {ratio if peer['ratio'] >= 1 else f'**{ratio}**'}"
+
+
+def facts(op: str, records: list[Record]) -> list[str]:
+    """What was found besides times: one line each."""
+    lines = []
+    for r in records:
+        if r["record"] == "fact" and r["op"] == op:
+            values = {name: value for name, value in r.items() if name not in ("record", "run", "op", "case")}
+            text = ", ".join(
+                f"{name} {value:,}" if isinstance(value, (int, float)) else f"{name} {value}" for name, value in values.items()
+            )
+            lines.append(f"- {r['case']}: {text}")
+    return [*lines, ""] if lines else []
 
 
 def summary(records: list[Record]) -> list[str]:
@@ -131,7 +147,7 @@ def summary(records: list[Record]) -> list[str]:
         for op in ops:
             ratios: dict[str, list[float]] = {}
             for r in records:
-                if r["record"] == "peer" and r["op"] == op and "ratio" in r and r["peer"] != "batch_invariant":  # a mode of our own
+                if r["record"] == "peer" and r["op"] == op and r.get("ratio") and r["peer"] != "batch_invariant":  # a mode of our own
                     ratios.setdefault(r["peer"], []).append(max(r["ratio"], 0.01))
             for name, found in sorted(ratios.items()):
                 mean = math.exp(sum(math.log(x) for x in found) / len(found))
@@ -184,19 +200,22 @@ def draw(stem: str, records: list[Record]) -> bool:
     header = [r for r in records if r["record"] == "header"][-1]
     tflops, gbps = header["ceiling_tflops"], header["ceiling_gbps"]
     figure, axes = plt.subplots(figsize=(9, 5.5), dpi=110)
+    intensities: list[float] = []
     for family, ops in FAMILIES.items():
-        cases = [r for r in records if r["record"] == "case" and r["op"] in ops]
+        cases = [r for r in records if r["record"] == "case" and r["op"] in ops and r.get("flops")]
         if cases:
-            x, y = [c["flops"] / c["bytes"] for c in cases], [c["tflops"] for c in cases]
+            x, y = [c["flops"] / c["bytes"] for c in cases], [c["flops"] / c["us"] / 1e6 for c in cases]
             axes.scatter(x, y, s=22, alpha=0.75, label=family)
-    low, high = axes.get_xlim()
-    low, high = max(low, 1e-2), max(high, 4e3 * tflops / gbps)
+            intensities += x
     edge = tflops * 1e3 / gbps
+    low, high = min(intensities, default=edge) / 1.5, max([*intensities, 4 * edge]) * 1.5
     axes.plot([low, edge, high], [low * gbps / 1e3, tflops, tflops], color="black", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="flops per byte, of the problem", ylabel="TFLOP/s", xlim=(low, high))
+    axes.set(
+        xscale="log", yscale="log", xlabel="flops per byte, of the problem", ylabel="TFLOP/s", xlim=(low, high), ylim=(tflops / 1e5, None)
+    )
     axes.set_title(f"{header['machine']}: copy {gbps:,.0f} GB/s, matrix product {tflops:.4g} TFLOP/s")
     axes.grid(alpha=0.25, which="both")
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(plot_of(stem), metadata={"Software": None})
     plt.close(figure)

@@ -26,6 +26,7 @@ for wheel in $OUT/full/*.whl $OUT/ops/*.whl; do
   "$python" -m pip install --quiet "$wheel" # what it depends on
   "$python" -m pip check
   (cd / && "$python" - "$wheel") <<'PYTHON'
+import shutil
 import sys
 from importlib.metadata import version
 
@@ -38,8 +39,10 @@ out = kimi_native.ops.rms_norm(x, torch.ones(64))
 torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, (64,), eps=1e-5))
 assert kimi_native.__version__ == version("kimi-native")
 assert "site-packages" in kimi_native.__file__, kimi_native.__file__
+cuda = torch.ops.kimi_native.cuda_build()
+assert (cuda == "none") == (shutil.which("nvcc") is None), cuda
 assert (kimi_native._C is None) == ("py3-none" in sys.argv[1]), kimi_native._C
-print(f"kimi_native {kimi_native.__version__} from {kimi_native.__file__}: rms_norm is right, _C is {kimi_native._C}")
+print(f"kimi_native {kimi_native.__version__} from {kimi_native.__file__}: rms_norm is right, CUDA {cuda}, _C is {kimi_native._C}")
 PYTHON
   (cd / && "$(dirname "$python")/kimi-native" info)
 done

@@ -6,6 +6,7 @@ The comparison speaks one dialect: r = |out - ref| / |ref| over the whole tensor
 from __future__ import annotations
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -19,13 +20,15 @@ CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # In a build for the emulator (tests/emulator) operators on CPU tensors run the CUDA kernels, so the tests of device "cpu" test those.
 EMULATED = torch.ops.kimi_native.cuda_build() == "emulated"
 
-_needs_gpu = pytest.mark.skipif(EMULATED or not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=_needs_gpu)]
+# Under compute-sanitizer (scripts/gpu_check.py): fewer cases, no graphs.
+SANITIZER = os.environ.get("KIMI_SANITIZER") == "1"
+
+needs_gpu = pytest.mark.gpu  # tests/conftest.py skips it where there is none
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 # Every (device, dtype) that the operators take.
 DEVICE_DTYPES = [("cpu", dtype) for dtype in (CUDA_DTYPES if EMULATED else FLOAT_DTYPES)] + [
-    pytest.param("cuda", dtype, marks=_needs_gpu) for dtype in CUDA_DTYPES
+    pytest.param("cuda", dtype, marks=needs_gpu) for dtype in CUDA_DTYPES
 ]
-needs_gpu = _needs_gpu
 needs_cpu_backend = pytest.mark.skipif(EMULATED, reason="the CPU backend's own promise")
 
 
@@ -35,9 +38,9 @@ def cuda_backend(device: str) -> bool:
 
 
 def skip_if_emulated(reason: str) -> None:
-    """For what takes minutes in the emulator; the same code must be tested by a smaller case."""
-    if EMULATED:
-        pytest.skip(f"emulator: {reason}")
+    """For what takes minutes in the emulator or under compute-sanitizer; the same code must be tested by a smaller case."""
+    if EMULATED or SANITIZER:
+        pytest.skip(f"{'emulator' if EMULATED else 'sanitizer'}: {reason}")
 
 
 def graph_replays(run, outputs: list[Tensor], replays: int = 3) -> None:
@@ -45,6 +48,8 @@ def graph_replays(run, outputs: list[Tensor], replays: int = 3) -> None:
 
     `run` must leave its inputs as they are, or restore them itself.
     """
+    if SANITIZER:
+        pytest.skip("sanitizer: a capture needs torch's caching allocator")
     run()
     torch.cuda.synchronize()
     eager = [out.clone() for out in outputs]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,8 +105,53 @@ def test_info(run):
     if kimi_native._C is not None:
         assert facts["build"] == dict(kimi_native._C.build_facts())
         assert kimi_native._C.cpu_isa() in facts["devices"][0]["name"]
+    assert facts["cuda_build"] == torch.ops.kimi_native.cuda_build()
+    assert [d["device"] for d in facts["devices"][1:]] == [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     code, out, _ = run("info")
     assert code == 0 and f"kimi-native {kimi_native.__version__}" in out and "usable, float32, bfloat16" in out
+    has_kernels = facts["cuda_build"] not in ("none", "emulated")
+    assert (f"\ncuda       kernels built by CUDA {facts['cuda_build']}\n" in out) == has_kernels
+
+
+HOPPER = dict(usable=True, kernels="sm90", dtypes=["float32", "bfloat16", "float16"])
+PORTABLE = {**HOPPER, "kernels": "portable"}
+UNUSABLE = dict(usable=False, reason="this build has no CUDA kernels")
+DEFAULT = "90a-real 80-virtual"
+
+
+@pytest.mark.parametrize(
+    ("capability", "build", "architectures", "path", "expected"),
+    [
+        ((9, 0), "13.0.88", DEFAULT, None, HOPPER),
+        ((9, 0), "13.0.88", DEFAULT, "portable", PORTABLE),
+        ((8, 0), "13.0.88", DEFAULT, None, PORTABLE),
+        ((12, 0), "13.0.88", DEFAULT, None, PORTABLE),
+        ((9, 0), "13.0.88", "", None, HOPPER),  # _C is not built
+        ((9, 0), "13.0.88", "90a-real", None, HOPPER),
+        ((8, 9), "13.0.88", "80-real", None, PORTABLE),
+        ((7, 5), "13.0.88", DEFAULT, None, dict(usable=False, reason="the kernels need compute capability 8.0")),
+        ((8, 0), "13.0.88", "90a-real", None, dict(usable=False, reason="this build is for 90a-real (KIMI_CUDA_ARCHITECTURES)")),
+        ((9, 0), "13.0.88", "80-real 100", None, dict(usable=False, reason="this build is for 80-real 100 (KIMI_CUDA_ARCHITECTURES)")),
+        ((9, 0), "none", "", None, UNUSABLE),
+        ((9, 0), "emulated", "", None, UNUSABLE),
+    ],
+)
+def test_info_of_a_gpu(run, monkeypatch, capability, build, architectures, path, expected):
+    gpu = SimpleNamespace(name="NVIDIA Test", major=capability[0], minor=capability[1], total_memory=2**30)
+    facts = {"version": "0", "compiler": "c", "build_type": "Release", "cuda": build, "cuda_architectures": architectures}
+    module = SimpleNamespace(build_facts=lambda: facts, cpu_isa=lambda: "base", cpu_threads=lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.ops.kimi_native, "cuda_build", lambda: build)
+    monkeypatch.setattr(kimi_native, "_C", module if architectures else None)
+    monkeypatch.delenv("KIMI_CUDA_PATH", raising=False)
+    if path is not None:
+        monkeypatch.setenv("KIMI_CUDA_PATH", path)
+    number = ".".join(map(str, capability))
+    name = f"NVIDIA Test, compute capability {number}, 1024 MiB"
+    assert cli.collect_info()["devices"][1] == dict(device="cuda:0", name=name, compute_capability=number, **expected)
+    line = run("info")[1].splitlines()[-2]
+    assert line.startswith(f"cuda:0     {name}; ") and line.endswith(expected.get("reason", f"float16, {expected.get('kernels')} kernels"))
 
 
 def test_make_tiny(run, tmp_path):

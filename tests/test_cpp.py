@@ -1,4 +1,4 @@
-"""The C++ side of a source checkout: its tests at every instruction-set level, its benchmarks, and the installed package."""
+"""The C++ side of a source checkout: its tests at every instruction-set level, and the installed package."""
 
 import os
 import shutil
@@ -10,7 +10,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / "build" / "bin"
 TESTS = sorted((ROOT / "tests" / "cpp").glob("test_*.cpp"))
-BENCHES = sorted((ROOT / "bench" / "cpp").glob("bench_*.cpp"))
 
 pytestmark = pytest.mark.skipif(not BIN.is_dir(), reason="no build/ (make build)")
 
@@ -25,12 +24,6 @@ def run(*command: object, **env: str) -> str:
 @pytest.mark.parametrize("source", TESTS, ids=lambda path: path.stem)
 def test_of_an_operator(source, isa):
     assert " 0 failed" in run(BIN / source.stem, KIMI_CPU_ISA=isa)
-
-
-@pytest.mark.parametrize("source", BENCHES, ids=lambda path: path.stem)
-def test_a_benchmark_has_help_and_refuses_what_it_does_not_know(source):
-    assert "usage" in run(BIN / source.stem, "--help")
-    assert subprocess.run([BIN / source.stem, "--nonsense"], capture_output=True).returncode == 2
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")

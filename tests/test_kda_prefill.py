@@ -1,13 +1,31 @@
 import pytest
 import torch
-from kit import DEVICES, FLOAT_DTYPES, Guarded, assert_close, assert_same_bits, generator, opcheck, randn, strided, threads
-from spec.kda_prefill import MAX_R, MAX_R_STATE, kda, log_decay
+from kit import (
+    DEVICE_DTYPES,
+    DEVICES,
+    FLOAT_DTYPES,
+    Guarded,
+    assert_close,
+    assert_same_bits,
+    cuda_backend,
+    generator,
+    graph_replays,
+    needs_cpu_backend,
+    needs_gpu,
+    opcheck,
+    randn,
+    strided,
+    threads,
+)
+from spec.kda_prefill import MAX_R, MAX_R_CHUNKED, MAX_R_STATE, MAX_R_STATE_CHUNKED, kda, log_decay
 
 import kimi_native
 from kimi_native.ops import kda_prefill
 
 NAN = float("nan")
 GATES = ["softplus", "bounded", "log_decay"]
+HALF_DTYPES = [x for x in DEVICE_DTYPES if (x.values if isinstance(x, type(pytest.param())) else x)[1] != torch.float32]
+CHUNKED_SIZES = [64, 128]  # key_dim = value_dim of the chunked path of the CUDA backend
 
 
 def i32(*values, device="cpu"):
@@ -70,7 +88,7 @@ def tokens(args, begin, end, **change):
 
 def reference(args, has_initial_state=None):
     """(out, state) of the whole pack in fp64; rows of skipped sequences are zero."""
-    out = torch.zeros(args["v"].shape, dtype=torch.float64)
+    out = torch.zeros_like(args["v"], dtype=torch.float64)
     state = args["state"].double()
     names = ("gate", "A_log", "dt_bias", "lower_bound", "scale", "use_qk_l2norm", "use_beta_sigmoid")
     options = {name: args[name] for name in names if name in args}
@@ -83,21 +101,27 @@ def reference(args, has_initial_state=None):
     return out, state
 
 
+def is_chunked(args, device):
+    """Whether a call takes the CUDA backend's chunked path."""
+    key_dim = args["q"].shape[-1]
+    return cuda_backend(device) and args["q"].dtype != torch.float32 and key_dim in CHUNKED_SIZES and args["v"].shape[-1] == key_dim
+
+
 def check_against_spec(args, device, **more):
-    dtype = args["q"].dtype
+    dtype, chunked = args["q"].dtype, is_chunked(args, device)
     ref, ref_state = reference(args, more.get("has_initial_state"))
     ours = on(device, args | more | {"state": args["state"].clone()})
     out = kda_prefill(**ours)
-    assert_close(out, ref, MAX_R[dtype])
+    assert_close(out, ref, (MAX_R_CHUNKED if chunked else MAX_R)[dtype])
     used = args["slots"][args["slots"] >= 0].long()
     state = ours["state"].cpu()
-    assert_close(state[used], ref_state[used], MAX_R_STATE, "state")
+    assert_close(state[used], ref_state[used], MAX_R_STATE_CHUNKED if chunked else MAX_R_STATE, "state")
     others = [s for s in range(len(state)) if s not in used.tolist()]
     assert_same_bits(state[others], args["state"][others], "other slots")
+    return out
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("regime", ["remember", "forget", "mixed"])
 def test_regimes(regime, gate, dtype, device):
@@ -109,22 +133,22 @@ def test_regimes(regime, gate, dtype, device):
     check_against_spec(args, device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize(
-    "heads, value_heads, key_dim, value_dim", [(1, 1, 16, 16), (2, 6, 128, 64), (1, 2, 48, 80), (1, 1, 256, 256), (3, 3, 16, 112)]
+    "heads, value_heads, key_dim, value_dim",
+    [(1, 1, 16, 16), (2, 6, 128, 64), (1, 2, 48, 80), (1, 1, 256, 256), (3, 3, 16, 112), (1, 3, 64, 64), (2, 2, 128, 128)],
 )
 def test_head_shapes(heads, value_heads, key_dim, value_dim, dtype, device):
     check_against_spec(problem([5, 70], heads, value_heads, key_dim, value_dim, dtype), device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_real_shape(dtype, device):
     check_against_spec(problem([40, 3], 32, 32, 128, 128, dtype), device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 32), (torch.bfloat16, 64)])
 @pytest.mark.parametrize(
     "gate, change",
     [
@@ -136,56 +160,155 @@ def test_real_shape(dtype, device):
         ("log_decay", {"use_qk_l2norm": False, "use_beta_sigmoid": False, "scale": 1.0}),
     ],
 )
-def test_options(gate, change, device):
-    args = problem([66], 2, 2, 32, 32, torch.float32, gate) | change
+def test_options(gate, change, dtype, size, device):
+    args = problem([66], 2, 2, size, size, dtype, gate) | change
     if not args.get("use_qk_l2norm", True):
-        args["q"], args["k"] = args["q"] / 6, args["k"] / 6
+        args["q"], args["k"] = (args[name] * (0.94 * size**-0.5) for name in ("q", "k"))
     if not args.get("use_beta_sigmoid", True):
         args["beta"] = args["beta"].sigmoid()
     check_against_spec(args, device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("which", [["v"], ["q", "k"], ["v", "state"], ["q", "k", "v", "state"]])
-def test_large_finite_inputs(which, dtype, device):
-    args = problem([70, 3], 1, 2, 32, 48, dtype)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("key_dim, value_dim", [(32, 48), (64, 64)])
+@pytest.mark.parametrize("which", [["v"], ["q", "k"], ["v", "state"], ["q", "k", "v", "state"], ["state"]])
+def test_large_finite_inputs(which, key_dim, value_dim, dtype, device):
+    args = problem([70, 3], 1, 2, key_dim, value_dim, dtype)
     for name in which:
-        args[name] = args[name] * 1e30
+        args[name] = args[name] * (1e30 if dtype != torch.float16 else 1e3 if name == "state" else 1e4)
+    check_against_spec(args, device)
+
+
+@pytest.mark.parametrize("device, dtype", HALF_DTYPES)
+@pytest.mark.parametrize("scale", [1e-7, 1e-3, 1e3, 1e4])
+def test_values_of_any_magnitude(scale, dtype, device):
+    args = problem([130], 1, 1, 64, 64, dtype, regime="remember")
+    args["v"], args["state"] = (args["v"].float() * scale).to(dtype), args["state"] * scale
+    if dtype == torch.float16 and scale < 1:
+        pytest.skip("fp16 does not hold the outputs")
     check_against_spec(args, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_zero_keys_and_saturated_gates(dtype, device):
-    args = problem([20], 1, 1, 16, 16, dtype)
+@pytest.mark.parametrize("old, new", [(1e30, 1.0), (1e6, 1e-3), (1e-6, 1e6), (1.0, 1e-3)])
+def test_values_of_many_magnitudes_in_one_chunk(old, new, device):
+    """A state, forgotten within the chunk, and values of quite another size: both must keep their precision."""
+    args = problem([150], 1, 1, 64, 64, torch.bfloat16, "log_decay", "remember")
+    args["state"], args["v"] = args["state"] * old, args["v"] * new
+    args["v"][:5] *= old / new
+    args["g"][5] = -1000.0
+    check_against_spec(args, device)
+    ref, _ = reference(args)
+    out = kda_prefill(**on(device, args | {"state": args["state"].clone()})).cpu()
+    max_r = 2 * MAX_R[torch.bfloat16]
+    assert_close(out[:5], ref[:5], max_r, "before")
+    assert_close(out[5:64], ref[5:64], max_r, "after, same chunk")
+    assert_close(out[64:], ref[64:], max_r, "after, next chunks")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k_norm, q_norm, beta", [(1.0, 1.0, 1.9), (30.0, 1.0, 1e-3), (1e-3, 1e-4, 0.5), (1e3, 1e3, 1e-6), (1.0, 1e6, 1.0)])
+def test_keys_and_steps_that_are_not_normalized(k_norm, q_norm, beta, device):
+    args = problem([130], 1, 1, 64, 64, torch.bfloat16, regime="remember") | {"use_qk_l2norm": False, "use_beta_sigmoid": False}
+    args["q"], args["k"] = args["q"] * (q_norm / 8), args["k"] * (k_norm / 8)
+    args["beta"] = torch.full_like(args["beta"], beta) / (1 if k_norm > 1 else 1.3)
+    check_against_spec(args, device)
+
+
+@pytest.mark.parametrize("device, dtype", HALF_DTYPES)
+@pytest.mark.parametrize("regime", ["slow", "zero", "mixed", "spiky", "fast"])
+def test_correlated_keys_and_large_steps(regime, dtype, device):
+    """The chunk's triangular system at its worst."""
+    args = problem([256], 1, 1, 128, 128, dtype, "log_decay", "mixed", seed=3)
+    u = torch.rand(256, 1, 128, generator=generator(4))
+    args["g"] = {
+        "slow": -u * 1e-5,
+        "zero": 0 * u,
+        "mixed": -u * 10 ** (torch.rand(128, generator=generator(5)) * 6.5 - 4),
+        "spiky": torch.where(u < 0.02, -1000.0, -1e-3 * u),
+        "fast": -3000 * u,
+    }[regime]
+    args["k"] = (args["k"].float() + 2 * randn(1, 1, 128, seed=6)).to(dtype)
+    args["beta"] = args["beta"] + 2
+    check_against_spec(args, device)
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("size", [16, 64])
+def test_zero_keys_and_saturated_gates(size, dtype, device):
+    args = problem([20], 1, 1, size, size, dtype)
     args["q"][3], args["k"][3:5], args["v"][6], args["q"][:, :, 0] = 0, 0, 0, 0
     args["g"][7], args["g"][8], args["beta"][9], args["beta"][10] = 1e4, -1e4, 1e4, -1e4
     check_against_spec(args, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_fresh_sequences_do_not_read_their_slot(device):
-    args = problem([5, 0, 66], 1, 2, 32, 32, torch.float32)
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 32), (torch.bfloat16, 64)])
+def test_fresh_sequences_do_not_read_their_slot(dtype, size, device):
+    args = problem([5, 0, 66], 1, 2, size, size, dtype)
     fresh = torch.tensor([False, False, True])
     args["state"][args["slots"][0].long()] = NAN
     check_against_spec(args, device, has_initial_state=fresh)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_the_same_bits_for_every_split_of_a_sequence(dtype, device):
     args = on(device, problem([200], 2, 4, 48, 32, dtype))
-    slot = args["slots"].long()
+    check_splits(args, [(64,), (128, 192), (1, 2, 65), (63, 130, 199), range(1, 200, 7)])
+
+
+@pytest.mark.parametrize("device, dtype", HALF_DTYPES)
+@pytest.mark.parametrize("size", CHUNKED_SIZES)
+@pytest.mark.parametrize("regime", ["remember", "mixed"])
+def test_the_same_bits_for_every_split_after_whole_chunks(regime, size, dtype, device):
+    args = on(device, problem([200], 1, 2, size, size, dtype, regime=regime))
+    args["v"][70] *= 1e4  # units other than 1 in one of the chunks
+    check_splits(args, [(64,), (128,), (64, 128, 192)])
+
+
+def check_splits(args, all_cuts):
+    slot, length = args["slots"].long(), len(args["q"])
     whole_state = args["state"].clone()
     whole = kda_prefill(**args | {"state": whole_state})
-    for cuts in [(64,), (128, 192), (1, 2, 65), (63, 130, 199), range(1, 200, 7)]:
-        state, bounds = args["state"].clone(), [0, *cuts, 200]
+    for cuts in all_cuts:
+        state, bounds = args["state"].clone(), [0, *cuts, length]
         parts = [kda_prefill(**tokens(args, a, b, state=state)) for a, b in zip(bounds, bounds[1:], strict=False)]
         assert_same_bits(torch.cat(parts), whole, f"cut at {cuts}")
         assert_same_bits(state[slot], whole_state[slot], f"state, cut at {cuts}")
 
 
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("size", [48, 64])
+def test_the_same_bits_for_any_neighbours(size, dtype, device):
+    lengths = [30, 1, 0, 65, 128]
+    args = on(device, problem(lengths, 1, 2, size, size, dtype))
+    state = args["state"].clone()
+    out = kda_prefill(**args | {"state": state})
+    again = args["state"].clone()
+    assert_same_bits(kda_prefill(**args | {"state": again}), out)
+    assert_same_bits(again, state)
+    for n, slot in enumerate(args["slots"].tolist()):
+        begin, end = args["cu_seqlens"][n : n + 2].tolist()
+        alone_state = args["state"].clone()
+        alone = kda_prefill(**tokens(args, begin, end, state=alone_state, slots=args["slots"][n : n + 1]))
+        assert_same_bits(alone, out[begin:end])
+        assert_same_bits(alone_state[slot], state[slot])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_bits_in_a_batch_that_fills_the_device(device):
+    """The CUDA backend cuts heads into fewer slices then."""
+    num_sequences = 4 if device == "cpu" else 300
+    args = on(device, problem([70] * num_sequences, 1, 1, 64, 64, torch.bfloat16))
+    state = args["state"].clone()
+    out = kda_prefill(**args | {"state": state})
+    slot, alone_state = int(args["slots"][1]), args["state"].clone()
+    alone = kda_prefill(**tokens(args, 70, 140, state=alone_state, slots=args["slots"][1:2]))
+    assert_same_bits(alone, out[70:140])
+    assert_same_bits(alone_state[slot], state[slot])
+
+
+@needs_cpu_backend
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("heads, value_heads", [(1, 1), (2, 6)])
 def test_the_same_bits_for_any_neighbours_threads_and_repeats(heads, value_heads, dtype):
@@ -210,8 +333,9 @@ def test_the_same_bits_for_any_neighbours_threads_and_repeats(heads, value_heads
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_snapshots_are_the_states_of_the_prefixes(device):
-    args = on(device, problem([200, 63, 64, 0], 1, 2, 16, 32, torch.float32, num_slots=20))
+@pytest.mark.parametrize("dtype, key_dim, value_dim", [(torch.float32, 16, 32), (torch.bfloat16, 64, 64), (torch.bfloat16, 128, 128)])
+def test_snapshots_are_the_states_of_the_prefixes(dtype, key_dim, value_dim, device):
+    args = on(device, problem([200, 63, 64, 0], 1, 2, key_dim, value_dim, dtype, num_slots=20))
     args["state"].nan_to_num_(9.0)
     snapshot_slots = torch.tensor([[0, -1, 2, 4], [6, 8, 10, -1], [12, 14, -1, -1], [16, -1, -1, -1]], dtype=torch.int32, device=device)
     after, plain = args["state"].clone(), args["state"].clone()
@@ -225,10 +349,10 @@ def test_snapshots_are_the_states_of_the_prefixes(device):
     assert_same_bits(after, expected)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_skipped_sequences_padding_and_strides(dtype, device):
-    args = on(device, problem([4, 3, 66], 2, 2, 32, 48, dtype))
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("key_dim, value_dim", [(32, 48), (64, 64)])
+def test_skipped_sequences_padding_and_strides(key_dim, value_dim, dtype, device):
+    args = on(device, problem([4, 3, 66], 2, 2, key_dim, value_dim, dtype))
     plain_state = args["state"].clone()
     plain = kda_prefill(**args | {"state": plain_state})
     odd = dict(args)
@@ -242,9 +366,9 @@ def test_skipped_sequences_padding_and_strides(dtype, device):
     odd["slots"][1] = -1
     for name in ("q", "k", "v", "g", "beta"):
         odd[name][4:7] = NAN
-    pool = torch.full((len(args["state"]), 3, 48, 32), 7.0, device=device)  # slots apart in a larger pool
+    pool = torch.full((len(args["state"]), 3, value_dim, key_dim), 7.0, device=device)  # slots apart in a larger pool
     pool[:, :2] = args["state"]
-    guarded = Guarded(80, 2, 48, dtype=dtype, device=device, fill=5.0)
+    guarded = Guarded(80, 2, value_dim, dtype=dtype, device=device, fill=5.0)
     kda_prefill(**odd | {"state": pool[:, :2], "out": guarded.tensor})
     guarded.check()
     assert (guarded.tensor[73:] == 5).all() and (guarded.tensor[4:7] == 0).all()
@@ -256,22 +380,126 @@ def test_skipped_sequences_padding_and_strides(dtype, device):
     assert (pool[:, 2:] == 7).all()
 
 
-def test_views_of_one_packed_tensor():
-    args = problem([70], 2, 4, 32, 16, torch.bfloat16)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [32, 64])
+def test_views_of_one_packed_tensor(size, device):
+    args = on(device, problem([70], 2, 4, size, size, torch.bfloat16))
     expected = kda_prefill(**args | {"state": args["state"].clone()})
     packed = torch.cat([args[name].flatten(1) for name in ("q", "k", "v")], dim=1)
-    q, k, v = packed.split([64, 64, 64], dim=1)
-    views = {"q": q.unflatten(1, (2, 32)), "k": k.unflatten(1, (2, 32)), "v": v.unflatten(1, (4, 16))}
+    q, k, v = packed.split([2 * size, 2 * size, 4 * size], dim=1)
+    views = {"q": q.unflatten(1, (2, size)), "k": k.unflatten(1, (2, size)), "v": v.unflatten(1, (4, size))}
     assert_same_bits(kda_prefill(**args | views), expected)
 
 
-def test_nothing_to_do():
-    empty = problem([], 1, 1, 16, 16, torch.float32)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("g_dtype", [torch.float32, None])
+def test_memory_that_is_not_aligned(g_dtype, dtype, device):
+    def shifted(t):
+        wide = torch.full((t.numel() + 1,), NAN, dtype=t.dtype, device=t.device)
+        wide[1:] = t.flatten()
+        return wide[1:].view(t.shape)
+
+    args = on(device, problem([70, 5], 1, 2, 64, 64, dtype))
+    args["g"] = args["g"].to(g_dtype or dtype)
+    plain_state = args["state"].clone()
+    plain = kda_prefill(**args | {"state": plain_state})
+    moved = args | {name: shifted(args[name]) for name in ("q", "k", "v", "g", "beta", "state", "A_log", "dt_bias")}
+    out = shifted(torch.zeros_like(args["v"]))
+    assert_same_bits(kda_prefill(**moved, out=out), plain)
+    assert_same_bits(moved["state"], plain_state)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_call_in_several_segments(device):
+    """The CUDA backend bounds its workspace by going through long inputs in parts: here, an end between two chunks of a sequence."""
+    heads = 64  # 1.8 MB of factors a chunk, of 384
+    lengths = [1] + [0] * 231 + [200] + [0] * 10
+    args = problem(lengths, 1, heads, 64, 64, torch.bfloat16, num_slots=2 * len(lengths) + 1)
+    args = {name: a for name, a in args.items() if name != "state"}
+    args["state"] = randn(2, heads, 64, 64)
+    args["slots"] = torch.full((len(lengths),), -1, dtype=torch.int32)
+    args["slots"][232] = 1
+    check_against_spec(args, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_to_do(device):
+    empty = on(device, problem([], 1, 1, 16, 16, torch.float32))
     assert kda_prefill(**empty).shape == (0, 1, 16)
-    zero_lengths = problem([0, 0], 1, 1, 16, 16, torch.float32)
-    before = zero_lengths["state"].clone()
-    assert kda_prefill(**zero_lengths).shape == (0, 1, 16)
-    assert_same_bits(zero_lengths["state"], before)
+    for dtype, size in [(torch.float32, 16), (torch.bfloat16, 64)]:
+        zero_lengths = on(device, problem([0, 0], 1, 1, size, size, dtype))
+        before = zero_lengths["state"].clone()
+        assert kda_prefill(**zero_lengths).shape == (0, 1, size)
+        assert_same_bits(zero_lengths["state"], before)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 48), (torch.bfloat16, 128)])
+def test_graph_replay(dtype, size):
+    args = on("cuda", problem([130, 0, 7], 2, 4, size, size, dtype))
+    state, out = args["state"].clone(), torch.empty_like(args["v"])
+
+    def run():
+        state.copy_(args["state"])
+        kda_prefill(**args | {"state": state, "out": out})
+
+    graph_replays(run, [out, state])
+
+
+@needs_gpu
+def test_another_stream():
+    args = on("cuda", problem([130, 7], 1, 2, 128, 128, torch.bfloat16))
+    expected = kda_prefill(**args | {"state": args["state"].clone()})
+    state, stream = args["state"].clone(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        v = args["v"] + 0  # on the other stream, after a while
+        out = kda_prefill(**args | {"state": state, "v": v})
+    stream.synchronize()
+    assert_same_bits(out, expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_same_as_the_cpu(dtype):
+    args = problem([300, 64, 1], 2, 4, 128, 128, dtype)
+    gpu = on("cuda", args | {"state": args["state"].clone()})
+    out, expected = kda_prefill(**gpu).cpu(), kda_prefill(**args)
+    assert_close(out, expected, 1e-6 if dtype == torch.float32 else 4e-3)
+    assert_close(gpu["state"].cpu().nan_to_num(0), args["state"].nan_to_num(0), 1e-6 if dtype == torch.float32 else MAX_R_STATE_CHUNKED)
+
+
+@needs_gpu
+@pytest.mark.parametrize("regime", ["remember", "mixed"])
+def test_long_sequences(regime):
+    args = on("cuda", problem([9000, 70], 1, 2, 128, 128, torch.bfloat16, regime=regime))
+    ref, ref_state = reference(args)
+    state = args["state"].clone()
+    assert_close(kda_prefill(**args | {"state": state}), ref, MAX_R_CHUNKED[torch.bfloat16])
+    used = args["slots"].long()
+    assert_close(state[used], ref_state[used], MAX_R_STATE_CHUNKED, "state")
+
+
+@needs_gpu
+def test_tensors_past_2_to_the_31_elements():
+    num_tokens, last = 2**31 // 128 + 200, 150
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GB of device memory")
+    args = on("cuda", problem([last], 1, 1, 128, 128, torch.bfloat16))
+    state = args["state"].clone()
+    expected = kda_prefill(**args | {"state": state})
+    slot = int(args["slots"][0])
+    far = args | {"cu_seqlens": i32(num_tokens - last, num_tokens, device="cuda"), "slots": i32(1, device="cuda")}
+    for name in ("q", "k", "v", "g", "beta"):
+        far[name] = torch.full((num_tokens, *args[name].shape[1:]), NAN, dtype=torch.bfloat16, device="cuda")
+        far[name][-last:] = args[name]
+    pool = torch.empty(2**31 + 128 * 128, device="cuda")
+    far["state"] = pool.as_strided((2, 1, 128, 128), (2**31, 128 * 128, 128, 1))
+    far["state"][1] = args["state"][slot]
+    out = kda_prefill(**far)
+    assert_same_bits(out[-last:], expected)
+    assert_same_bits(far["state"][1], state[slot])
 
 
 def operator_arguments(args, out, has_initial_state=None, snapshot_slots=None):
@@ -279,19 +507,22 @@ def operator_arguments(args, out, has_initial_state=None, snapshot_slots=None):
     return (*(args.get(name) for name in names), has_initial_state, snapshot_slots, GATES.index(args["gate"]), -5.0, 0.25, True, True, out)
 
 
-def test_opcheck():
-    args = problem([4, 66], 1, 2, 16, 16, torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    args = on(device, problem([4, 66], 1, 2, 16, 16, torch.float32))
     args["state"].nan_to_num_(0)
     out = torch.empty_like(args["v"])
     opcheck(torch.ops.kimi_native.kda_prefill, operator_arguments(args, out))
-    flags, snapshots = torch.tensor([True, False]), i32(-1, 0).view(2, 1)
+    flags, snapshots = torch.tensor([True, False], device=device), i32(-1, 0, device=device).view(2, 1)
     opcheck(torch.ops.kimi_native.kda_prefill, operator_arguments(args, out, flags, snapshots))
 
 
 @pytest.mark.skipif(kimi_native._C is None, reason="built without the pybind11 module")
-def test_entry_on_raw_pointers():
+@pytest.mark.parametrize("device, size", [("cpu", 32), pytest.param("cuda", 64, marks=needs_gpu)])
+def test_entry_on_raw_pointers(size, device):
     _C = kimi_native._C
-    args = problem([4, 66], 1, 2, 16, 32, torch.bfloat16)
+    entry, workspace_bytes = getattr(_C, f"kda_prefill_{device}"), getattr(_C, f"kda_prefill_workspace_bytes_{device}")
+    args = on(device, problem([4, 66], 1, 2, size, size, torch.bfloat16))
     args["g"] = args["g"].float()
     expected_state = args["state"].clone()
     expected = kda_prefill(**args | {"state": expected_state})
@@ -300,21 +531,21 @@ def test_entry_on_raw_pointers():
     for name in ("q", "k", "v", "g", "beta", "state", "slots", "cu_seqlens", "A_log", "dt_bias"):
         setattr(p, name, args[name].data_ptr())
     p.out = out.data_ptr()
-    p.num_tokens, p.num_sequences, p.num_heads, p.num_value_heads, p.key_dim, p.value_dim = 70, 2, 1, 2, 16, 32
+    p.num_tokens, p.num_sequences, p.num_heads, p.num_value_heads, p.key_dim, p.value_dim = 70, 2, 1, 2, size, size
     for name in ("q", "k", "v", "g", "beta"):
         setattr(p, f"{name}_token_stride", args[name].stride(0))
         setattr(p, f"{name}_head_stride", args[name].stride(1))
-    p.out_token_stride, p.out_head_stride, p.state_slot_stride = 64, 32, 2 * 16 * 32
-    p.scale, p.gate = 0.25, 0
+    p.out_token_stride, p.out_head_stride, p.state_slot_stride = 2 * size, size, 2 * size * size
+    p.scale, p.gate = size**-0.5, 0
     p.dtype = p.beta_dtype = _C.DType.bfloat16
-    workspace = torch.empty(_C.kda_prefill_workspace_bytes_cpu(p), dtype=torch.uint8)
+    workspace = torch.empty(workspace_bytes(p), dtype=torch.uint8, device=device)
     p.workspace = workspace.data_ptr()
-    _C.kda_prefill_cpu(p)
+    entry(p)
     assert_same_bits(out, expected)
     assert_same_bits(args["state"], expected_state)
     p.workspace = 0
     with pytest.raises(RuntimeError, match="workspace must not be null"):
-        _C.kda_prefill_cpu(p)
+        entry(p)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +584,8 @@ def test_unsupported_shapes_and_gates_are_named():
         kda_prefill(**problem([6], 1, 1, 16, 272, torch.float32))
     with pytest.raises(RuntimeError, match="num_value_heads must be a multiple of num_heads, got 3 and 2"):
         kda_prefill(**problem([6], 2, 3, 16, 16, torch.float32))
-    with pytest.raises(RuntimeError, match="takes float32 and bfloat16, got float16"):
-        kda_prefill(**problem([6], 1, 1, 16, 16, torch.float16))
+    if not cuda_backend("cpu"):
+        with pytest.raises(RuntimeError, match="takes float32 and bfloat16, got float16"):
+            kda_prefill(**problem([6], 1, 1, 16, 16, torch.float16))
     with pytest.raises(ValueError, match="gate must be one of softplus, bounded, log_decay, got 'sigmoid'"):
         kda_prefill(**problem([6], 1, 1, 16, 16, torch.float32) | {"gate": "sigmoid"})

@@ -1,6 +1,21 @@
 import pytest
 import torch
-from kit import DEVICES, FLOAT_DTYPES, Guarded, assert_close, assert_same_bits, generator, opcheck, randn, relative_error, strided, threads
+from kit import (
+    DEVICE_DTYPES,
+    DEVICES,
+    FLOAT_DTYPES,
+    Guarded,
+    assert_close,
+    assert_same_bits,
+    generator,
+    graph_replays,
+    needs_gpu,
+    opcheck,
+    randn,
+    relative_error,
+    strided,
+    threads,
+)
 from spec.mla_decode import MAX_R, MAX_R_LSE, MAX_R_PEAKED
 from spec.mla_decode import mla_decode as spec
 
@@ -52,8 +67,7 @@ def check(args, max_r=MAX_R):
     assert_close(lse, ref_lse, MAX_R_LSE, "lse")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("heads, latent_dim, rope_dim", [(4, 32, 8), (1, 7, 2), (7, 33, 0), (70, 24, 8)])
 def test_against_spec(heads, latent_dim, rope_dim, dtype, device):
     """Lengths around a page, around the 16 splits of the shortest kind (1024) and past those of the longest (8192)."""
@@ -61,17 +75,24 @@ def test_against_spec(heads, latent_dim, rope_dim, dtype, device):
     check(make(lengths, heads, latent_dim, rope_dim, dtype, device))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_real_shape(dtype, device):
-    check(make([70, 1100, 0, 1], 32, 512, 64, dtype, device))
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("heads", [32, 16, 8, 40])
+def test_real_shape(heads, dtype, device):
+    check(make([70, 1100, 0, 1] if heads == 32 else [130, 3], heads, 512, 64, dtype, device))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("sigma", [0.0, 10.0, 30.0])
 def test_flat_and_peaked_logits(sigma, dtype, device):
     check(make([300, 129, 2000], dtype=dtype, device=device, sigma=sigma), MAX_R_PEAKED)
+    check(make([300, 129], 16, 512, 64, dtype=dtype, device=device, sigma=sigma), MAX_R_PEAKED)
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("scale", [-0.1, 0.0, 3e-3])
+@pytest.mark.parametrize("heads, latent_dim, rope_dim", [(4, 32, 8), (32, 512, 64)])
+def test_scales(heads, latent_dim, rope_dim, scale, dtype, device):
+    check(make([200, 70], heads, latent_dim, rope_dim, dtype=dtype, device=device, sigma=3.0) | dict(scale=scale), MAX_R_PEAKED)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -86,8 +107,7 @@ def test_large_magnitudes_as_good_as_plain_torch(device):
     assert relative_error(out, ref) <= 2 * relative_error(plain[None], ref) + 1e-6
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_empty_sequences_give_zero_and_minus_infinity(dtype, device):
     args = make([0, 5, 0], dtype=dtype, device=device)
     args["block_table"][0] = -1
@@ -99,12 +119,12 @@ def test_empty_sequences_give_zero_and_minus_infinity(dtype, device):
     assert mla_decode(**make([], dtype=dtype, device=device)).shape == (0, 4, 32)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_bits_depend_on_the_sequence_alone(dtype, device):
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("shape", [(4, 32, 8), (32, 512, 64)])
+def test_bits_depend_on_the_sequence_alone(shape, dtype, device):
     """Not on neighbours, threads, the run, the width of the block table, or where the pages lie."""
     lengths = [70, 0, 1500, 9000, 1, 640]
-    args = make(lengths, dtype=dtype, device=device)
+    args = make(lengths, *shape, dtype=dtype, device=device)
     with threads(1):
         one, one_lse = run(args)
     with threads(2):
@@ -113,23 +133,38 @@ def test_bits_depend_on_the_sequence_alone(dtype, device):
             assert_same_bits(out, one)
             assert_same_bits(lse, one_lse, "lse")
     for b, length in enumerate(lengths):
-        alone = make([length], dtype=dtype, device=device, width=200 + b)
+        alone = make([length], *shape, dtype=dtype, device=device, width=200 + b)
         assert_same_bits(alone["q"][0], args["q"][b], "the test's own queries")
         out, lse = run(alone)
         assert_same_bits(out[0], one[b], f"sequence of {length} alone")
         assert_same_bits(lse[0], one_lse[b], f"lse of {length} alone")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_page_size_does_not_change_the_bits(device):
-    wide, narrow = (mla_decode(**make([333, 64, 1000], page_size=size, device=device)) for size in (64, 16))
-    assert_same_bits(narrow, wide)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("shape", [(4, 32, 8), (32, 512, 64)])
+def test_page_size_does_not_change_the_bits(shape, device, dtype):
+    wide = mla_decode(**make([333, 64, 1000], *shape, dtype=dtype, device=device))
+    for page_size in (16, 48, 128):
+        assert_same_bits(mla_decode(**make([333, 64, 1000], *shape, dtype=dtype, page_size=page_size, device=device)), wide)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_strides_and_nothing_outside(dtype, device):
-    args = make([100, 7], 3, 33, 5, dtype=dtype, device=device)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("shape", [(4, 32, 8), (32, 512, 64)])
+def test_more_sequences_than_threads_of_a_block(shape, device, dtype):
+    lengths = [(i * i) % 7 for i in range(300)]
+    args = make(lengths, *shape, dtype=dtype, device=device, page_size=16)
+    check(args)
+    out, lse = run(args)
+    last = args | {name: args[name][290:] for name in ("q", "block_table", "lengths")}
+    last_out, last_lse = run(last)
+    assert_same_bits(last_out, out[290:])
+    assert_same_bits(last_lse, lse[290:], "lse")
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("heads, latent_dim, rope_dim", [(3, 33, 5), (3, 512, 64)])
+def test_strides_and_nothing_outside(heads, latent_dim, rope_dim, dtype, device):
+    args = make([100, 7], heads, latent_dim, rope_dim, dtype=dtype, device=device)
     plain, plain_lse = run(args)
     pages, size, columns = args["cache"].shape
     layers = torch.full((pages, 2, size, columns), torch.nan, dtype=dtype, device=device)
@@ -137,15 +172,116 @@ def test_strides_and_nothing_outside(dtype, device):
     table = torch.full((2, 9), GARBAGE, dtype=torch.int32, device=device)
     table[:, : args["block_table"].shape[1]] = args["block_table"]
     apart = args | dict(q=strided(args["q"]), cache=layers[:, 1], block_table=table[:, : args["block_table"].shape[1]])
-    out, lse = Guarded(2, 3, 33, dtype=dtype, device=device), Guarded(2, 3, dtype=torch.float32, device=device)
+    out, lse = Guarded(2, 3, latent_dim, dtype=dtype, device=device), Guarded(2, 3, dtype=torch.float32, device=device)
     mla_decode(**apart, out=out.tensor, lse=lse.tensor)
     out.check()
     lse.check()
     assert_same_bits(out.tensor, plain)
     assert_same_bits(lse.tensor, plain_lse, "lse")
-    wide = torch.full((2, 3, 40), 7.0, dtype=dtype, device=device)
-    assert_same_bits(mla_decode(**args, out=wide[..., :33]), plain)
-    assert (wide[..., 33:] == 7).all()
+    wide = torch.full((2, 3, latent_dim + 7), 7.0, dtype=dtype, device=device)
+    assert_same_bits(mla_decode(**args, out=wide[..., :latent_dim]), plain)
+    assert (wide[..., latent_dim:] == 7).all()
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_memory_that_is_not_aligned(dtype, device):
+    args = make([100, 7], 3, 512, 64, dtype=dtype, device=device)
+    plain, plain_lse = run(args)
+
+    def moved(t):
+        flat = torch.full((t.numel() + 1,), float("nan"), dtype=t.dtype, device=t.device)
+        flat[1:] = t.reshape(-1)
+        return flat[1:].view(t.shape)
+
+    for names in (["q"], ["cache"], ["q", "cache"]):
+        out, lse = run(args | {name: moved(args[name]) for name in names})
+        assert_same_bits(out, plain)
+        assert_same_bits(lse, plain_lse, "lse")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graph_replay_with_other_lengths(dtype):
+    """One graph, replayed after the lengths and the table have changed, on tables that are far wider than the lengths."""
+    lengths = [700, 0, 64, 5000]
+    args = make(lengths, 32, 512, 64, dtype, "cuda", width=16384)
+    out, lse = torch.empty(4, 32, 512, dtype=dtype, device="cuda"), torch.empty(4, 32, device="cuda")
+    graph_replays(lambda: mla_decode(**args, out=out, lse=lse), [out, lse])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mla_decode(**args, out=out, lse=lse)
+    for now in ([1, 300, 0, 4999], [0, 0, 0, 0], lengths):
+        args["lengths"].copy_(torch.tensor(now, dtype=torch.int32))
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        args["block_table"][:2] = args["block_table"][3].clone()  # sequences 0 and 1 read pages of sequence 3
+        graph.replay()
+        torch.cuda.synchronize()
+        ref, ref_lse = spec(**args)
+        assert_close(out, ref, MAX_R[dtype])
+        assert_close(lse, ref_lse, MAX_R_LSE, "lse")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("shape", [(4, 32, 8), (32, 512, 64)])
+def test_gpu_equals_cpu(shape, dtype):
+    args = make([3000, 64, 0, 200], *shape, dtype=dtype, sigma=3.0)
+    want, want_lse = run(args)
+    out, lse = run({name: x.cuda() if torch.is_tensor(x) else x for name, x in args.items()})
+    assert_close(out, want, 2 * MAX_R[dtype])
+    assert_close(lse, want_lse, 2 * MAX_R_LSE, "lse")
+
+
+@needs_gpu
+@pytest.mark.parametrize("heads", [32, 16, 64])
+def test_batches_of_any_size_give_the_same_bits(heads):
+    """From one sequence, cut into splits for all multiprocessors, to so many that each takes whole segments."""
+    lengths = [8200, 40000, 1, 130, 2048, 2049, 0, 20000] * 20
+    args = make(lengths[:8], heads, 512, 64, torch.bfloat16, "cuda")
+    out, lse = run(args)
+    many = args | {name: args[name].repeat(20, *[1] * (args[name].dim() - 1)) for name in ("q", "block_table", "lengths")}
+    many_out, many_lse = run(many)
+    for i in range(20):
+        assert_same_bits(many_out[8 * i : 8 * i + 8], out)
+        assert_same_bits(many_lse[8 * i : 8 * i + 8], lse, "lse")
+    for b in range(8):
+        alone_out, alone_lse = run(args | {name: args[name][b : b + 1] for name in ("q", "block_table", "lengths")})
+        assert_same_bits(alone_out, out[b : b + 1])
+        assert_same_bits(alone_lse, lse[b : b + 1], "lse")
+    ref, ref_lse = spec(**args)
+    assert_close(out, ref, MAX_R[torch.bfloat16])
+    assert_close(lse, ref_lse, MAX_R_LSE, "lse")
+
+
+@needs_gpu
+def test_a_million_rows():
+    """Rows whose best match is known: the query of head h is a large multiple of one row."""
+    length, heads = 1_000_000, 32
+    pages = -(-length // 64)
+    cache = torch.empty(pages, 64, 576, dtype=torch.bfloat16, device="cuda").normal_()
+    table = torch.randperm(pages, device="cuda").to(torch.int32)[None]
+    wanted = torch.arange(heads, device="cuda") * 31_250 + 77
+    rows = cache[table[0, wanted // 64].long(), wanted % 64]
+    lengths = torch.tensor([length], dtype=torch.int32, device="cuda")
+    lse = torch.empty(1, heads, device="cuda")
+    out = mla_decode(rows[None], cache, table, lengths, 1.0, latent_dim=512, lse=lse)
+    assert_close(out[0], rows[:, :512].double(), MAX_R[torch.bfloat16])
+    assert_close(lse[0], rows.double().square().sum(-1), MAX_R_LSE, "lse")
+
+
+@needs_gpu
+def test_caches_past_2_to_the_31_elements():
+    pages = 2**31 // (64 * 576) + 100
+    cache = torch.full((pages, 64, 576), torch.nan, dtype=torch.bfloat16, device="cuda")
+    used = torch.tensor([[pages - 1, 3, pages - 50]], dtype=torch.int32, device="cuda")
+    cache[used[0].long()] = randn(3, 64, 576, dtype=torch.bfloat16, device="cuda")
+    q = randn(1, 32, 576, dtype=torch.bfloat16, device="cuda", seed=1)
+    lengths = torch.tensor([180], dtype=torch.int32, device="cuda")
+    out = mla_decode(q, cache, used, lengths, 0.05, latent_dim=512)
+    table = torch.tensor([[0, 1, 2]], dtype=torch.int32, device="cuda")
+    small = mla_decode(q, cache[used[0].long()].clone(), table, lengths, 0.05, latent_dim=512)
+    assert_same_bits(out, small)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -164,12 +300,13 @@ def test_absorbed_equals_expanded(device):
     assert_close(torch.einsum("bhl,hdl->bhd", mla_decode(**args), w_uv), want, 1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("with_lse", [False, True])
-def test_opcheck(with_lse):
-    a = make([70, 3])
+def test_opcheck(with_lse, device):
+    a = make([70, 3], device=device)
     a["cache"].nan_to_num_(0)  # opcheck compares arguments before and after, and NaN equals nothing
-    lse = torch.empty(2, 4) if with_lse else None
-    opcheck(torch.ops.kimi_native.mla_decode, (a["q"], a["cache"], a["block_table"], a["lengths"], 0.2, torch.empty(2, 4, 32), lse))
+    out, lse = torch.empty(2, 4, 32, device=device), torch.empty(2, 4, device=device) if with_lse else None
+    opcheck(torch.ops.kimi_native.mla_decode, (a["q"], a["cache"], a["block_table"], a["lengths"], 0.2, out, lse))
 
 
 @pytest.mark.parametrize(
@@ -195,11 +332,12 @@ def test_bad_input_is_named(change, text):
         mla_decode(**(make([70, 3]) | change))
 
 
-def test_raw_pointers_give_the_same_bits():
+@pytest.mark.parametrize("device", DEVICES)
+def test_raw_pointers_give_the_same_bits(device):
     c = kimi_native._C
     if c is None:
         pytest.skip("built without the pybind11 module")
-    args = make([300, 0, 77])
+    args = make([300, 0, 77], device=device)
     want, want_lse = run(args)
     out, lse = torch.empty_like(want), torch.empty_like(want_lse)
     p = c.MlaDecodeParams()
@@ -209,8 +347,11 @@ def test_raw_pointers_give_the_same_bits():
     p.num_seqs, p.num_heads, p.latent_dim, p.rope_dim = 3, 4, 32, 8
     p.max_pages = p.block_table_stride = args["block_table"].shape[1]
     p.q_seq_stride, p.q_head_stride, p.page_stride, p.out_seq_stride, p.out_head_stride = 160, 40, 64 * 40, 128, 32
-    workspace = torch.empty(c.mla_decode_workspace_bytes_cpu(p), dtype=torch.uint8)
+    workspace = torch.empty(getattr(c, f"mla_decode_workspace_bytes_{device}")(p), dtype=torch.uint8, device=device)
     p.workspace = workspace.data_ptr()
-    c.mla_decode_cpu(p)
+    if device == "cuda":
+        c.mla_decode_cuda(p, torch.cuda.current_stream().cuda_stream)
+    else:
+        c.mla_decode_cpu(p)
     assert_same_bits(out, want)
     assert_same_bits(lse, want_lse, "lse")

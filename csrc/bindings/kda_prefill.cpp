@@ -51,6 +51,10 @@ static const Register kda_prefill([](Module& m) {
       .value("beta_dtype", &P::beta_dtype);
   cpu_size<P>(m, "kda_prefill_workspace_bytes_cpu", &cpu::kda_prefill_workspace_bytes);
   cpu_entry<P>(m, "kda_prefill_cpu", &cpu::kda_prefill);
+#ifdef KIMI_CUDA
+  cuda_size<P>(m, "kda_prefill_workspace_bytes_cuda", &cuda::kda_prefill_workspace_bytes);
+  cuda_entry<P>(m, "kda_prefill_cuda", &cuda::kda_prefill);
+#endif
 });
 
 }  // namespace kimi::bindings

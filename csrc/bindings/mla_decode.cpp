@@ -30,6 +30,10 @@ static const Register mla_decode([](Module& m) {
       .value("dtype", &P::dtype);
   cpu_size<P>(m, "mla_decode_workspace_bytes_cpu", &cpu::mla_decode_workspace_bytes);
   cpu_entry<P>(m, "mla_decode_cpu", &cpu::mla_decode);
+#ifdef KIMI_CUDA
+  cuda_size<P>(m, "mla_decode_workspace_bytes_cuda", &cuda::mla_decode_workspace_bytes);
+  cuda_entry<P>(m, "mla_decode_cuda", &cuda::mla_decode);
+#endif
 });
 
 }  // namespace kimi::bindings

@@ -66,6 +66,7 @@ struct LinearStream {
 };
 
 // Shared memory: the warps' rings, then the tokens' rows and one of zeros.
+// SASS: tensor cores, 16-byte loads
 template <typename T, int kTiles, int kStages, bool kAligned>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 1)
     linear_stream(const __grid_constant__ Dense<T> dense, int64_t blocks_per_group, int rows_of_item) {

@@ -18,6 +18,7 @@ constexpr int kCached =
     3;  // vectors of a row that a lane keeps in registers: 576 elements of 2 bytes; more are read again
 
 // `Width` elements per access: kVec<T> where everything is aligned for it, else 1.
+// SASS: 16-byte loads
 template <typename T, int Width>
 __global__ void __launch_bounds__(kTokens* kWarp) mla_cache_write_kernel(MlaCacheWriteParams p) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kWarp;

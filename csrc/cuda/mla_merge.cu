@@ -13,6 +13,7 @@ namespace {
 constexpr int kWarps = 8;
 
 // `Width` floats per access: 4 where everything is aligned for it, else 1.
+// SASS: 16-byte loads
 template <int Width>
 __global__ void __launch_bounds__(kWarps* kWarp) mla_merge_kernel(MlaMergeParams p) {
   const int lane = threadIdx.x % kWarp;

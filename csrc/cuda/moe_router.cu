@@ -37,6 +37,7 @@ struct FewShared {
   float partial[kSegments][16][8];  // segment, token, expert
 };
 
+// SASS: tensor cores, 16-byte loads
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kSegments* kWarp) few_logits(const __grid_constant__ DenseShape p) {
   auto& shared = shared_memory<FewShared>();
@@ -102,6 +103,7 @@ __device__ __forceinline__ uint32_t order_key(float x) {
 
 // Lane l has experts kPerLane * l ... + kPerLane - 1, so that of equal keys the lowest lane has the lowest id. `wide`:
 // logits and bias can be read four at a time.
+// SASS: 16-byte loads
 template <int kPerLane>
 __global__ void __launch_bounds__(kChoiceWarps* kWarp)
     choose_experts(const __grid_constant__ MoeRouterParams p, const float* logits, int64_t stride, bool wide) {

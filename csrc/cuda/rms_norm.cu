@@ -18,6 +18,7 @@ constexpr int kRows = 4;  // of a block, one per warp
 constexpr int kCached = 9;
 
 // `Width` elements per access: kVec<T> where everything is aligned for it, else 1.
+// SASS: 16-byte loads
 template <typename T, int Width>
 __global__ void __launch_bounds__(kRows* kWarp) rms_norm_kernel(RmsNormParams p) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarp;

@@ -5,11 +5,11 @@
 namespace kimi::torch_glue {
 namespace {
 
-void kda_prefill_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                     const Tensor& state, const Tensor& slots, const Tensor& cu_seqlens, const OptionalTensor& A_log,
-                     const OptionalTensor& dt_bias, const OptionalTensor& has_initial_state,
-                     const OptionalTensor& snapshot_slots, int64_t gate, double lower_bound, double scale,
-                     bool use_qk_l2norm, bool use_beta_sigmoid, const Tensor& out) {
+void kda_prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                 const Tensor& state, const Tensor& slots, const Tensor& cu_seqlens, const OptionalTensor& A_log,
+                 const OptionalTensor& dt_bias, const OptionalTensor& has_initial_state,
+                 const OptionalTensor& snapshot_slots, int64_t gate, double lower_bound, double scale,
+                 bool use_qk_l2norm, bool use_beta_sigmoid, const Tensor& out) {
   KIMI_CHECK(q.dim() == 3, "kda_prefill: q must have shape [num_tokens, num_heads, key_dim], got ", shape_of(q));
   KdaPrefillParams p;
   p.num_tokens = q.size(0);
@@ -37,10 +37,10 @@ void kda_prefill_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Te
     p.snapshot_slots = pointer<int32_t>(snapshot_slots);
     p.num_snapshots = snapshot_slots->size(1);
   }
-  const Tensor workspace = workspace_of(q, cpu::kda_prefill_workspace_bytes(p));
+  const Tensor workspace = workspace_of(q, workspace_bytes(q, p, KIMI_BACKENDS(kda_prefill_workspace_bytes)));
   p.workspace = mutable_pointer(workspace);
   validate(p);
-  cpu::kda_prefill(p);
+  run(q, p, KIMI_BACKENDS(kda_prefill));
 }
 
 }  // namespace
@@ -54,5 +54,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("kda_prefill", TORCH_BOX(&kimi::torch_glue::kda_prefill_cpu));
+  m.impl("kda_prefill", TORCH_BOX(&kimi::torch_glue::kda_prefill));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("kda_prefill", TORCH_BOX(&kimi::torch_glue::kda_prefill));
 }

@@ -55,14 +55,14 @@ MlaDecodeParams mla_decode_params(const Tensor& q, const Tensor& cache, const Te
   return p;
 }
 
-void mla_decode_cpu(const Tensor& q, const Tensor& cache, const Tensor& block_table, const Tensor& lengths,
-                    double scale, const Tensor& out, const OptionalTensor& lse) {
+void mla_decode(const Tensor& q, const Tensor& cache, const Tensor& block_table, const Tensor& lengths, double scale,
+                const Tensor& out, const OptionalTensor& lse) {
   MlaDecodeParams p = mla_decode_params(q, cache, block_table, lengths, scale, out, lse);
-  const Tensor workspace =
-      torch::stable::new_empty(q, {static_cast<int64_t>(cpu::mla_decode_workspace_bytes(p))}, ScalarType::Byte);
+  const size_t bytes = workspace_bytes(q, p, KIMI_BACKENDS(mla_decode_workspace_bytes));
+  const Tensor workspace = torch::stable::new_empty(q, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
   p.workspace = mutable_pointer(workspace);
   validate(p);
-  cpu::mla_decode(p);
+  run(q, p, KIMI_BACKENDS(mla_decode));
 }
 
 }  // namespace
@@ -75,5 +75,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {
-  m.impl("mla_decode", TORCH_BOX(&kimi::torch_glue::mla_decode_cpu));
+  m.impl("mla_decode", TORCH_BOX(&kimi::torch_glue::mla_decode));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kimi_native, CUDA, m) {
+  m.impl("mla_decode", TORCH_BOX(&kimi::torch_glue::mla_decode));
 }

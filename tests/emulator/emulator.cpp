@@ -1,8 +1,9 @@
 #include "emulator.h"
 
+#include <signal.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -117,25 +118,64 @@ void fiber_main() {
   wait();
 }
 
-// Memory that ends at a page which must not be touched.
+// The block's shared memory: it ends, rounded up to its alignment, at a page that must not be touched; what is left up
+// to there, and some bytes in front, hold a pattern that must stay.
 class SharedMemory {
  public:
   unsigned char* of(size_t bytes) {
-    const size_t page = sysconf(_SC_PAGESIZE), whole = kBytes;
     if (base_ == nullptr) {
-      void* p = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* p =
+          mmap(nullptr, kBytes + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       KIMI_CHECK(p != MAP_FAILED, "no memory");
       base_ = static_cast<unsigned char*>(p);
-      KIMI_CHECK(mprotect(base_ + whole, page, PROT_NONE) == 0, "mprotect");
+      KIMI_CHECK(mprotect(base_ + kBytes, kGuard, PROT_NONE) == 0, "mprotect");
     }
-    return base_ + whole - (bytes + 1023) / 1024 * 1024;
+    first_ = base_ + kBytes - (bytes + kAlign - 1) / kAlign * kAlign;
+    last_ = first_ + bytes;
+    return first_;
+  }
+  void fill() {
+    std::memset(first_ - kAlign, kPattern, kAlign);
+    std::memset(first_, 0xff, last_ - first_);  // NaN
+    std::memset(last_, kPattern, base_ + kBytes - last_);
+  }
+  bool pattern_stands() const {
+    const auto stands = [](const unsigned char* from, const unsigned char* to) {
+      return std::all_of(from, to, [](unsigned char x) { return x == kPattern; });
+    };
+    return stands(first_ - kAlign, first_) && stands(last_, base_ + kBytes);
+  }
+  bool guards(const void* address) const {
+    const auto* p = static_cast<const unsigned char*>(address);
+    return base_ != nullptr && p >= base_ + kBytes && p < base_ + kBytes + kGuard;
   }
 
  private:
-  static constexpr size_t kBytes = 256 << 10;
-  unsigned char* base_ = nullptr;
+  static constexpr size_t kBytes = 256 << 10, kGuard = 1 << 20, kAlign = 1024;
+  static constexpr unsigned char kPattern = 0xa5;
+  unsigned char *base_ = nullptr, *first_ = nullptr, *last_ = nullptr;
 };
 SharedMemory shared_memory_pages;
+
+// While kernels run, a touch of the page behind the shared memory is a failure of the fiber; any other fault is whose
+// it was.
+class FaultHandler {
+ public:
+  FaultHandler() {
+    struct sigaction action = {};
+    action.sa_sigaction = &on_fault;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;  // the handler does not return to the kernel, the signal stays unblocked
+    sigaction(SIGSEGV, &action, &before_);
+  }
+  ~FaultHandler() { sigaction(SIGSEGV, &before_, nullptr); }
+
+ private:
+  static void on_fault(int, siginfo_t* info, void*) {
+    if (shared_memory_pages.guards(info->si_addr)) fail("an access past the shared memory");
+    sigaction(SIGSEGV, &before_, nullptr);  // and the instruction faults again
+  }
+  static inline struct sigaction before_;
+};
 
 void start(int index) {
   unsigned char* top = block.stacks + (static_cast<size_t>(index) + 1) * kStackBytes;
@@ -179,6 +219,8 @@ void run_block(dim3 grid, dim3 size, uint3 at, unsigned char* shared) {
     block.failure =
         "deadlock: " + std::to_string(block.alive) + " of " + std::to_string(block.size) + " threads wait for ever";
   }
+  if (block.failure.empty() && !shared_memory_pages.pattern_stands())
+    block.failure = "a write outside the shared memory";
   if (!block.failure.empty()) {
     const std::string text = "emulator: " + block.failure + " in block " + std::to_string(at.x) + ", " +
                              std::to_string(at.y) + ", " + std::to_string(at.z);
@@ -204,13 +246,18 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
   }
   block.body = &body;
   unsigned char* shared = shared_memory_pages.of(shared_bytes);
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        std::memset(shared, 0xff, shared_bytes);
-        run_block(grid, size, {x, y, z}, shared);
-      }
-    }
+  const FaultHandler handler;
+  // Blocks come in any order: from a random one on, in steps that share no factor with their number.
+  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+  uint64_t step = count > 0 ? next_random() % count : 0;
+  while (std::gcd(step, count) > 1) ++step;
+  uint64_t at = next_random() % std::max<uint64_t>(count, 1);
+  for (uint64_t i = 0; i < count; ++i, at = (at + step) % count) {
+    shared_memory_pages.fill();
+    run_block(grid, size,
+              {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+               static_cast<unsigned>(at / grid.x / grid.y)},
+              shared);
   }
 }
 

@@ -1,8 +1,10 @@
 // Softmax attention of 16 query rows against blocks of 64 keys on FFMA, in fp32 for every element type, any dims and
 // any strides: what mla_prefill and mla_decode run where their tensor-core kernels do not apply.
 //
-//   for each block of keys j:   s = scale * q k^T,  m' = max(m, max_j s),  p = e^(s - m')
-//                               l = l e^(m - m') + sum_j p,   o = o e^(m - m') + p v
+//   for each block of keys j:   s = scale * q k^T,  m' = max(m, max_j s),  p = 2^(s - m')
+//                               l = l 2^(m - m') + sum_j p,   o = o 2^(m - m') + p v
+//
+// in log2 units, m rounded up to an integer, so that rescaling is exact.
 //
 // A block of 128 threads, 8 a row: in s a thread has keys t, t + 8, ..., in o groups of 4 columns 32 apart. An element
 // of s is a sum of chains of FMAs over 64 columns each (one chain over 576 has more than twice the error), an element
@@ -14,8 +16,22 @@
 
 namespace kimi::cuda {
 
+// 2^(from - to) for integers from <= to, either of which may be infinite; 0 below 2^-126.
+__device__ __forceinline__ float power_of_two(float from, float to) {
+  if (from == to) return 1.0f;
+  const int exponent = static_cast<int>(fmaxf(from - to, -127.0f)) + 127;
+  return bits_as<float>(exponent << 23);
+}
+
+// log(sum e^s) of a softmax whose maximum is in log2 units.
+__device__ __forceinline__ float natural_lse(float max_log2, float sum) {
+  return (max_log2 + log2f(sum)) * 0.69314718055994531f;
+}
+
+inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr int kAttentionRows = 16, kAttentionKeys = 64, kAttentionThreads = 128;
 inline constexpr int kAttentionColumns = 128;  // of values at a time
+inline constexpr int kAttentionBlocks = 3;     // on a multiprocessor, by their shared memory
 
 struct AttentionShared {
   static constexpr int kDepth = 64, kPitch = kDepth + 4;  // 4: rows of 8 threads in different banks
@@ -39,7 +55,8 @@ struct AttentionState {
   __device__ float total_sum() const { return warp_sum<8>(sum); }
 
   // One more block, of which this thread's row sees the first `visible` keys and which has `count`. query(row, column),
-  // key(j, column) and value(j, column) give elements; they are called for column < dim and j < count only.
+  // key(j, column) and value(j, column) give elements; they are called for column < dim and j < count only. `scale`:
+  // log2 units per unit of q k.
   template <typename Query, typename Key, typename Value>
   __device__ void attend(AttentionShared& shared, int visible, int count, int64_t key_dim, int64_t value_dim,
                          float scale, const Query& query, const Key& key, const Value& value) {
@@ -79,14 +96,13 @@ struct AttentionState {
 #pragma unroll
     for (int j = 0; j < kThreadKeys; ++j)
       if (first + 8 * j < visible) largest = fmaxf(largest, s[j] * scale);
-    largest = fmaxf(max, warp_max<8>(largest));
-    const float factor = largest == max ? 1.0f : expf(max - largest);
+    largest = fmaxf(max, ceilf(warp_max<8>(largest)));
+    const float factor = power_of_two(max, largest), shift = largest == -INFINITY ? 0.0f : largest;
     max = largest;
     sum *= factor;
 #pragma unroll
     for (int j = 0; j < kThreadKeys; ++j) {
-      // A row that sees nothing yet has no maximum; one that sees -inf only is NaN.
-      const float p = first + 8 * j < visible ? expf(fmaf(s[j], scale, -max)) : 0.0f;
+      const float p = first + 8 * j < visible ? exp2f(fmaf(s[j], scale, -shift)) : 0.0f;
       sum += p;
       shared.p[row][first + 8 * j] = p;
     }

@@ -420,6 +420,7 @@ class TileCopy {
   Offset x_offset_[kXRows], w_step_;
 };
 
+// SASS: tensor cores, 16-byte loads
 template <typename T, typename Shape, bool kAligned, typename Problem>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) tile_gemm(const __grid_constant__ Problem problem) {
   constexpr int kStages = Shape::kStages;

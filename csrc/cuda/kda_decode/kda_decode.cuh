@@ -370,6 +370,7 @@ struct StateTile {
 };
 
 // Grid: (sequence, value head, slice).
+// SASS: 16-byte loads
 template <typename Config>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 2) kda_decode_kernel(KdaDecodeFusedParams p, int heads_per_key) {
   using T = typename Config::T;

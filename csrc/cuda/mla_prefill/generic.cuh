@@ -12,7 +12,8 @@
 namespace kimi::cuda::mla_prefill_detail {
 
 template <typename T>
-__global__ void __launch_bounds__(kAttentionThreads) mla_prefill_generic_kernel(MlaPrefillParams p, int64_t num_tiles) {
+__global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
+    mla_prefill_generic_kernel(MlaPrefillParams p, int64_t num_tiles) {
   AttentionShared& shared = shared_memory<AttentionShared>();
   const QueryTile tile = query_tile(p, kAttentionRows, num_tiles, (p.nope_dim + p.value_dim) * sizeof(T));
   if (tile.rows == 0) return;
@@ -30,8 +31,8 @@ __global__ void __launch_bounds__(kAttentionThreads) mla_prefill_generic_kernel(
   const int end = tile.end_of(0, kAttentionRows);
   for (int first = 0; first < end; first += kAttentionKeys) {
     state.attend(
-        shared, row_end - first, min(tile.num_keys - first, kAttentionKeys), p.nope_dim + p.rope_dim, columns, p.scale,
-        [&](int r, int64_t c) { return r < tile.rows ? to_float(q[r * p.q_stride + c]) : 0.0f; },
+        shared, row_end - first, min(tile.num_keys - first, kAttentionKeys), p.nope_dim + p.rope_dim, columns,
+        p.scale * kLog2E, [&](int r, int64_t c) { return r < tile.rows ? to_float(q[r * p.q_stride + c]) : 0.0f; },
         [&](int j, int64_t c) {
           const int64_t key = first + j;
           return to_float(c < p.nope_dim ? k_nope[key * p.k_nope_stride + c] : k_rope[key * p.k_rope_stride + c]);
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kAttentionThreads) mla_prefill_generic_kernel(
   const bool blind = row_end == 0;
   const int64_t token = tile.q_at + row;
   if (p.lse && blockIdx.y == 0 && threadIdx.x % 8 == 0)
-    p.lse[token * p.num_heads + tile.head] = blind ? -INFINITY : state.max + logf(sum);
+    p.lse[token * p.num_heads + tile.head] = blind ? -INFINITY : natural_lse(state.max, sum);
   const int64_t out_at = token * p.out_stride + tile.head * p.out_head_stride + first_column;
 #pragma unroll
   for (int i = 0; i < state.kThreadColumns; ++i) {

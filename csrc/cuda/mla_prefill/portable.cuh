@@ -25,6 +25,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/common/attention.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/ptx.h"
 #include "cuda/mla_prefill/tiles.cuh"
@@ -36,6 +37,9 @@ inline constexpr int kKeyBlock = 64;
 inline constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 inline constexpr int kWarpRows = 32;  // two m16 tiles: every fragment of k and v from shared memory is used twice
 inline constexpr int kRows = kWarps * kWarpRows;
+
+// Below every maximum, and finite: 2^(-inf - kNoMaximum) is 0.
+inline constexpr float kNoMaximum = -3e38f;
 
 template <typename T>
 struct alignas(128) PrefillShared {
@@ -99,6 +103,7 @@ __device__ __forceinline__ bool is_finite(float x) {
 }
 
 // `scale`: log2 units per unit of q k, positive.
+// SASS: tensor cores, 16-byte loads
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillParams p, int64_t num_tiles, float scale) {
   PrefillShared<T>& shared = shared_memory<PrefillShared<T>>();
@@ -193,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillPara
   float o[2][kValueDim / 8][4] = {};
   float max_log2[4], sum[4] = {};
 #pragma unroll
-  for (int r = 0; r < 4; ++r) max_log2[r] = -INFINITY;
+  for (int r = 0; r < 4; ++r) max_log2[r] = kNoMaximum;
 
 #pragma unroll 1
   for (int block = 0; block < num_blocks; ++block) {
@@ -208,6 +213,16 @@ __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillPara
     const int first_key = block * kKeyBlock;
     const bool active = first_key < tile.end_of(first_row, kWarpRows);
     float s[2][kKeyBlock / 8][4] = {};
+    uint32_t probabilities[2][2][4];  // operand a of the second product for 16 keys, and for the next 16
+    // Its register i of rows 16 m + [0, 16): rows g, g + 8, then the same of the next 8 keys.
+    const auto exponentiate = [&](int k, int m, int i) {
+      const int r = 2 * m + i % 2;
+      const float* const pair = &s[m][2 * k + i / 2][i % 2 * 2];
+      const float lo = exp2_approx(fmaf(pair[0], scale, -max_log2[r])),
+                  hi = exp2_approx(fmaf(pair[1], scale, -max_log2[r]));
+      probabilities[k % 2][m][i] = pack2<T>(lo, hi);
+      sum[r] += lo + hi;
+    };
     if (active) {
       // Phase 3: s = q k^T.
       const LaneRow<T, kKeyDim> q_lane(shared.q, first_row + lane % 16, shared.a_swizzle[lane]);
@@ -269,6 +284,8 @@ __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillPara
 #pragma unroll
         for (int r = 0; r < 4; ++r) sum[r] *= factor[r];
       }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) exponentiate(0, i / 4, i % 4);
     }
 
     // Phase 5: the values have come. Where a row of the tile may not see all keys they are cleaned.
@@ -281,35 +298,20 @@ __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillPara
     }
     if (!active) continue;
 
-    // Phase 6: p, l and o += p v, 16 keys at a time.
+    // Phase 6: o += p v, 16 keys at a time, and between the products p of the next 16 keys.
     const LaneRow<T, kValueDim> v_lane(shared.values, lane % 16, shared.a_swizzle[lane]);
-    float shift[4];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) shift[r] = max_log2[r] == -INFINITY ? 0.0f : max_log2[r];
 #pragma unroll
     for (int k = 0; k < kKeyBlock / 16; ++k) {
-      uint32_t a[2][4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // rows g, g + 8, then the same of the next 8 keys
-          const int r = 2 * m + i % 2;
-          float* const pair = &s[m][2 * k + i / 2][i % 2 * 2];
-          pair[0] = exp2_approx(fmaf(pair[0], scale, -shift[r]));
-          pair[1] = exp2_approx(fmaf(pair[1], scale, -shift[r]));
-          a[m][i] = pack2<T>(pair[0], pair[1]);
-          sum[r] += pair[0] + pair[1];
-        }
-      }
 #pragma unroll
       for (int n = 0; n < kValueDim / 8; n += 2) {
         uint32_t b[4];
         ldmatrix_x4_trans(b, v_lane.at(16 * k, n));
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          mma_m16n8k16<T>(o[m][n], a[m], {b[0], b[1]});
-          mma_m16n8k16<T>(o[m][n + 1], a[m], {b[2], b[3]});
+          mma_m16n8k16<T>(o[m][n], probabilities[k % 2][m], {b[0], b[1]});
+          mma_m16n8k16<T>(o[m][n + 1], probabilities[k % 2][m], {b[2], b[3]});
         }
+        if (k + 1 < kKeyBlock / 16) exponentiate(k + 1, n / 8, n / 2 % 4);
       }
     }
     if (cleaned) {
@@ -343,8 +345,7 @@ __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillPara
     total += __shfl_xor_sync(0xffffffffu, total, 2);
     inverse[r] = blind ? 0.0f : 1.0f / total;
     if (p.lse && lane % 4 == 0 && row < tile.rows) {
-      p.lse[(tile.q_at + row) * p.num_heads + tile.head] =
-          blind ? -INFINITY : (max_log2[r] + log2f(total)) * 0.69314718055994531f;
+      p.lse[(tile.q_at + row) * p.num_heads + tile.head] = blind ? -INFINITY : natural_lse(max_log2[r], total);
     }
   }
   const int64_t out_at = tile.q_at * p.out_stride + tile.head * p.out_head_stride;
@@ -398,7 +399,7 @@ void launch_portable(const MlaPrefillParams& p, cudaStream_t stream) {
                                    p.k_rope_stride, p.v_stride, p.v_head_stride, p.out_stride, p.out_head_stride);
   const int64_t num_tiles = max_query_tiles(p, kRows);
   // The sign goes to q, and 0 becomes a number that only a masked s = -inf survives.
-  const float scale = std::max(std::abs(p.scale) * 1.4426950408889634f, 1e-37f);
+  const float scale = std::max(std::abs(p.scale) * kLog2E, 1e-37f);
   const dim3 grid(static_cast<unsigned>(num_tiles * p.num_heads));
   launch(vector ? mla_prefill_kernel<T, true> : mla_prefill_kernel<T, false>, grid, dim3(kThreads),
          sizeof(PrefillShared<T>), stream, p, num_tiles, scale);

@@ -105,6 +105,7 @@ struct DecodeUp {
 };
 
 // Shared memory: the warps' rings, then x and a row of zeros.
+// SASS: tensor cores, 16-byte loads
 template <typename T>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) decode_up(const __grid_constant__ DecodeUp<T> problem) {
   const MoeExpertsParams& p = problem.p;
@@ -185,6 +186,7 @@ struct DownGrid {
 };
 
 // Shared memory: the warps' rings; a row of activations for each warp, and one of zeros; y[warps][columns].
+// SASS: tensor cores, 16-byte loads
 template <typename T>
 __global__ void __launch_bounds__(kDecodeWarps* kWarp)
     decode_down(const __grid_constant__ MoeExpertsParams p, const __grid_constant__ Workspace w,

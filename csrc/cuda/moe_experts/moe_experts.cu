@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(kSortThreads)
   if (place) place_slots(p, w, chunk, tile_tokens, shared);
 }
 
+// SASS: 16-byte loads
 template <typename T, int Width>
 __global__ void __launch_bounds__(kCombineThreads)
     combine(const __grid_constant__ MoeExpertsParams p, const __grid_constant__ Workspace w, int64_t blocks_per_token) {

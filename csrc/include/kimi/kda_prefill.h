@@ -1,7 +1,8 @@
 // kda_prefill: Kimi Delta Attention (kda.h) over packed sequences, with the state in a pool of slots.
 //
-// A sequence continues from its slot's state and leaves its final state there. Its result is the same bits for every
-// way to cut it into calls, and the same as that of kda_decode token by token.
+// A sequence continues from its slot's state and leaves its final state there. Its result depends on nothing but
+// itself, to the bit: not on its neighbours, nor on where it is cut into calls. On a CPU it may be cut anywhere, down
+// to single tokens of kda_decode; on a GPU, after multiples of 64 tokens.
 #pragma once
 
 #include "kimi/kda.h"
@@ -23,7 +24,7 @@ struct KdaPrefillParams {
   const int32_t* snapshot_slots = nullptr;  // [num_sequences, num_snapshots]; [n, m]: slot that gets the state after
                                             // (m + 1) * 64 tokens of this call, if there are that many; -1: none
   void* out = nullptr;                      // [num_tokens, num_value_heads, value_dim] dtype
-  void* workspace = nullptr;                // kda_prefill_workspace_bytes(p)
+  void* workspace = nullptr;                // kda_prefill_workspace_bytes(p) of the backend
 
   int64_t num_tokens = 0;  // those outside of all sequences are neither read nor written
   int64_t num_sequences = 0;
@@ -62,5 +63,10 @@ namespace cpu {
 size_t kda_prefill_workspace_bytes(const KdaPrefillParams& p);
 void kda_prefill(const KdaPrefillParams& p);
 }  // namespace cpu
+
+namespace cuda {
+size_t kda_prefill_workspace_bytes(const KdaPrefillParams& p);
+void kda_prefill(const KdaPrefillParams& p, cudaStream_t stream);
+}  // namespace cuda
 
 }  // namespace kimi

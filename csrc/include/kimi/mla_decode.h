@@ -9,8 +9,8 @@
 // 0 gives out 0 and lse -inf. The logarithm is natural.
 //
 // A sequence is cut into splits whose size depends on its own length alone; their partial results are merged in order
-// of position. So a sequence's bits do not depend on its neighbours, on max_pages or on the number of threads. Source:
-// DeepSeek-V2, arXiv 2405.04434, section 2.1; splitting as in Flash-Decoding.
+// of position. So a sequence's bits do not depend on its neighbours, on max_pages, on the number of threads or on the
+// grid. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; splitting as in Flash-Decoding.
 #pragma once
 
 #include "kimi/common.h"
@@ -25,7 +25,7 @@ struct MlaDecodeParams {
   const int32_t* lengths = nullptr;  // [num_seqs], contiguous; at most max_pages * page_size
   void* out = nullptr;               // [num_seqs, num_heads, latent_dim] dtype
   float* lse = nullptr;              // [num_seqs, num_heads], contiguous; may be null
-  void* workspace = nullptr;         // cpu::mla_decode_workspace_bytes(p) bytes, aligned to 64
+  void* workspace = nullptr;         // mla_decode_workspace_bytes(p) bytes of the backend, aligned to 64
 
   int64_t num_seqs = 0;
   int64_t num_heads = 0;
@@ -52,5 +52,10 @@ namespace cpu {
 size_t mla_decode_workspace_bytes(const MlaDecodeParams& p);
 void mla_decode(const MlaDecodeParams& p);
 }  // namespace cpu
+
+namespace cuda {
+size_t mla_decode_workspace_bytes(const MlaDecodeParams& p);  // from the sizes and the dtype alone
+void mla_decode(const MlaDecodeParams& p, cudaStream_t stream);
+}  // namespace cuda
 
 }  // namespace kimi

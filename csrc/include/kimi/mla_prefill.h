@@ -60,6 +60,6 @@ void mla_prefill(const MlaPrefillParams& p);
 
 namespace cuda {
 void mla_prefill(const MlaPrefillParams& p, cudaStream_t stream);
-}
+}  // namespace cuda
 
 }  // namespace kimi

@@ -1,0 +1,98 @@
+// What the two kernels of the chunked path share: the grid of chunks, and the image of a chunk that the first one
+// leaves for the second.
+//
+// Fragment order. Both kernels hold matrices as operands of mma.m16n8k16 (cuda/common/ptx.h), where lane = 4 g + t
+// knows row g (and g + 8) and columns 2t, 2t + 1. The k index of a product may be numbered in any order that both
+// operands share, so channels are numbered such that a lane's eight channels of a block j of 32 lie together in memory:
+//   channel 32 j + 8 t + 2 x + b   is column 2 t + b of tile 4 j + x         (key channels,   x in 0..3)
+//   channel 16 m + 4 t + 2 x + b   is column 2 t + b of tile x of block m    (value channels, x in 0..1)
+// An image stores fragments as a lane wants them, 16 bytes a lane: every access of a warp is 512 bytes in a row, in
+// global and in shared memory, without ldmatrix, padding or bank conflicts.
+#pragma once
+
+#include "cuda/common/ptx.h"
+#include "cuda/common/types.h"
+#include "kimi/kda_prefill.h"
+
+namespace kimi::cuda {
+
+inline constexpr int kChunk = 64;  // tokens; also the grid of the snapshots
+inline constexpr int kGroup = 8;   // tokens of a group: rows that a lane quad column of an mma covers
+inline constexpr int kGroups = kChunk / kGroup;
+inline constexpr unsigned kFullWarp = 0xffffffffu;
+
+// The factors that multiply the state, for all value channels. `group` is the one of the tokens (rows of the matrix).
+template <int K>
+struct ChunkFactors {
+  uint4 w[kGroups][K / 32][kWarp];   // -T (beta k e^G): tokens as columns n, channels as k; words: tiles 4 j .. 4 j + 3
+  uint4 q[kGroups][K / 32][kWarp];   // q e^G, the same
+  uint4 kg[kGroups][K / 32][kWarp];  // k e^(G_end - G), transposed: channels as columns n of tiles 4 j .., tokens as k
+  uint4 a_qk[12][kWarp];             // A_qk: row tokens as columns n, tokens as k; words: column groups 4 s .. 4 s + 3
+  float decay[K];                    // e^G_end
+  int exponent;                      // u is in units of 2^exponent; 0 unless the chunk's values are very large or small
+  int exact;                         // not 0: nothing else here is valid, the tokens must be done one after another
+  int unused[2];
+};
+
+// Entry of group `group`, s-th half of the column groups, in a_qk: the first four groups have only one.
+__host__ __device__ constexpr int a_qk_entry(int group, int s) {
+  return group < 4 ? group : 4 + 2 * (group - 4) + s;
+}
+
+template <int K, int V>
+struct alignas(128) ChunkImage {
+  uint4 u[V / 16][kGroups / 2]
+         [kWarp];  // T (beta v), transposed: 16 values x 64 tokens; words: rows g, g + 8 of two groups
+  ChunkFactors<K> factors;
+};
+
+// Chunks are numbered without a list: those of sequence n begin at first_chunk(n) = cu_seqlens[n] / 64 + n, which
+// leaves room for ceil(length / 64) of them whatever the lengths. A call has less than num_tokens / 64 + num_sequences
+// + 1.
+__host__ __device__ constexpr int64_t max_chunks(int64_t num_tokens, int64_t num_sequences) {
+  return num_tokens / kChunk + num_sequences;
+}
+__device__ __forceinline__ int first_chunk(const int32_t* cu_seqlens, int n) {
+  return cu_seqlens[n] / kChunk + n;
+}
+
+// The sequence whose numbers include `chunk` (which may still be past its end): the last one that begins at or before
+// it; -1 if there is none. A search with 32 probes a step; all lanes of the warp take part.
+__device__ __forceinline__ int sequence_of_chunk(const int32_t* cu_seqlens, int num_sequences, int chunk) {
+  int low = -1, high = num_sequences;  // first_chunk(low) <= chunk < first_chunk(high)
+  while (high - low > 1) {
+    const int step = ceil_div(high - low, kWarp);
+    const int probe = low + (static_cast<int>(threadIdx.x) % kWarp + 1) * step;
+    const bool before = probe < high && first_chunk(cu_seqlens, probe) <= chunk;
+    const int passed = __popc(__ballot_sync(kFullWarp, before));
+    const int above = low + (passed + 1) * step;
+    low += passed * step;
+    high = above < high ? above : high;
+  }
+  return low;
+}
+
+// The chunks [first, first + count) that one pair of launches covers, and their images [count][num_value_heads].
+struct Segment {
+  int first = 0, count = 0;
+  void* images = nullptr;
+  // Which tensors lie such that vectors of 8 bytes (g: 4 elements or less) or 16 bytes (q, k, state) may be used.
+  bool wide_q = false, wide_k = false, wide_v = false, wide_g = false, wide_out = false, wide_state = false;
+};
+
+template <typename Image>
+__device__ __forceinline__ Image& image_of(const Segment& segment, int chunk, int head, int64_t num_heads) {
+  return static_cast<Image*>(segment.images)[(chunk - segment.first) * num_heads + head];
+}
+
+// 2^n as a float, n in [-126, 127].
+__device__ __forceinline__ float power_of_two(int n) {
+  return __int_as_float((n + 127) << 23);
+}
+
+// n with 2^n <= |x| < 2^(n + 1), for normal x; -127 for less, 128 for infinity and NaN.
+__device__ __forceinline__ int exponent_of(float x) {
+  return ((__float_as_int(x) >> 23) & 0xff) - 127;
+}
+
+}  // namespace kimi::cuda

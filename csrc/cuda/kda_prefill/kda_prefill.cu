@@ -1,0 +1,176 @@
+// CUDA backend of kda_prefill (kimi/kda_prefill.h). Portable.
+//
+// fp16 and bf16 at head sizes 64 x 64 and 128 x 128 take the chunked path on tensor cores: prep.cuh makes all factors
+// of every 64 tokens in parallel, chain.cuh runs the state through them. Everything else, fp32 above all, is the
+// recurrence of tokens.cuh, one warp for 16 rows of a state. Which of the two depends on dtype and head sizes alone,
+// the chunks are counted from where a sequence begins in the call, and rows of the state never meet, so a sequence's
+// bits depend on nothing but itself, and a cut after a multiple of 64 tokens does not change them.
+//
+// Long inputs go through the two kernels in segments, so that the workspace stays below kSegmentBytes; the state waits
+// in its slot between them.
+#include <cstdlib>
+
+#include "cuda/common/launch.h"
+#include "cuda/kda_prefill/chain.cuh"
+#include "cuda/kda_prefill/prep.cuh"
+#include "cuda/kda_prefill/tokens.cuh"
+
+namespace kimi::cuda {
+namespace {
+
+// Images of 9,800 tokens of 32 heads of 128 x 128. Fewer would leave the chip idle at the end of each kernel more
+// often.
+constexpr int64_t kSegmentBytes = int64_t{384} << 20;
+constexpr int kTokenWarps = 4;  // of a block of the generic kernel
+
+// ---- The generic path
+// ------------------------------------------------------------------------------------------------
+
+// Block = (sequence, value head, 64 values or less); key_dim <= 32 J.
+template <typename T, int J>
+__global__ void __launch_bounds__(kTokenWarps* kWarp) kda_tokens_kernel(KdaPrefillParams p, bool wide_state) {
+  const int warp = threadIdx.x / kWarp;
+  const int key_dim = static_cast<int>(p.key_dim), value_dim = static_cast<int>(p.value_dim);
+  const unsigned slices = ceil_div(value_dim, 16 * static_cast<int>(blockDim.x / kWarp));
+  const int first_value = (static_cast<int>(blockIdx.x % slices) * static_cast<int>(blockDim.x / kWarp) + warp) * 16;
+  const int head = static_cast<int>(blockIdx.x / slices % p.num_value_heads);
+  const int sequence = static_cast<int>(blockIdx.x / slices / p.num_value_heads);
+  const int64_t begin = p.cu_seqlens[sequence], end = p.cu_seqlens[sequence + 1];
+  if (first_value >= value_dim || begin >= end) return;
+  const int slot = p.slots[sequence];
+  if (slot < 0) {
+    for (int64_t token = begin; token < end; ++token) {
+      T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride + first_value;
+      if (threadIdx.x % kWarp < 16) out[threadIdx.x % kWarp] = from_float<T>(0.0f);
+    }
+    return;
+  }
+  const auto rows_of = [&](int of_slot) {
+    return p.state + of_slot * p.state_slot_stride + (static_cast<int64_t>(head) * value_dim + first_value) * key_dim;
+  };
+  float s[4 * J][4];
+  load_state<J>(s, rows_of(slot), key_dim, wide_state, p.has_initial_state && !p.has_initial_state[sequence]);
+  const TokenReader<T, J> reader(p, head, first_value);
+  for (int64_t token = begin; token < end; token += kChunk) {
+    const int64_t next = token + kChunk < end ? token + kChunk : end;
+    run_tokens(reader, token, next, s);
+    const int64_t snapshot = (token - begin) / kChunk;
+    if (next - token == kChunk && snapshot < p.num_snapshots) {
+      const int to = p.snapshot_slots[sequence * p.num_snapshots + snapshot];
+      if (to >= 0) store_state<J>(s, rows_of(to), key_dim, wide_state);
+    }
+  }
+  store_state<J>(s, rows_of(slot), key_dim, wide_state);
+}
+
+bool wide_state(const KdaPrefillParams& p) {
+  return aligned_to(16, p.state) && multiples_of(4, p.state_slot_stride);
+}
+
+void run_tokens(const KdaPrefillParams& p, cudaStream_t stream) {
+  const int64_t warps = std::min<int64_t>(kTokenWarps, p.value_dim / 16);
+  const int64_t blocks = p.num_sequences * p.num_value_heads * ceil_div<int64_t>(p.value_dim, 16 * warps);
+  dispatch_dtype(p.dtype, [&]<typename T>() {
+    const auto run = [&]<int J>() {
+      launch(kda_tokens_kernel<T, J>, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(warps * kWarp)),
+             0, stream, p, wide_state(p));
+    };
+    if (p.key_dim <= 32) return run.template operator()<1>();
+    if (p.key_dim <= 64) return run.template operator()<2>();
+    if (p.key_dim <= 128) return run.template operator()<4>();
+    run.template operator()<8>();
+  });
+}
+
+// ---- The chunked path
+// --------------------------------------------------------------------------------------------------
+
+bool is_chunked(const KdaPrefillParams& p) {
+  return p.dtype != DType::kF32 && p.key_dim == p.value_dim && (p.key_dim == 64 || p.key_dim == 128);
+}
+
+// run.template operator()<K>() for key_dim = value_dim = K.
+template <typename Run>
+decltype(auto) dispatch_head(const KdaPrefillParams& p, Run&& run) {
+  return p.key_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
+}
+
+// How the chunks are split into segments, and the workspace for the images of one.
+struct Plan {
+  int64_t chunks, segments, chunks_per_segment;
+  size_t workspace_bytes;
+
+  explicit Plan(const KdaPrefillParams& p) {
+    const size_t image_bytes =
+        dispatch_head(p, [&]<int K>() { return sizeof(ChunkImage<K, K>); }) * static_cast<size_t>(p.num_value_heads);
+    const int64_t most = std::max<int64_t>(1, kSegmentBytes / static_cast<int64_t>(image_bytes));
+    chunks = max_chunks(p.num_tokens, p.num_sequences);
+    segments = std::max<int64_t>(1, ceil_div(chunks, most));
+    chunks_per_segment = ceil_div(chunks, segments);
+    workspace_bytes = image_bytes * static_cast<size_t>(chunks_per_segment);
+  }
+};
+
+// Shared memory that a block may use, by compute capability (Programming Guide, table of technical specifications).
+size_t max_shared_bytes() {
+  const int capability = compute_capability();
+  if (capability == 90 || capability == 100 || capability == 103) return 227 << 10;
+  return capability == 80 || capability == 87 ? 163 << 10 : 99 << 10;
+}
+
+template <typename T, int K, int kWarps>
+void launch_chain(const KdaPrefillParams& p, const Segment& segment, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(p.num_sequences * p.num_value_heads * (K / (16 * kWarps)));
+  const auto run = [&]<int kStages>() {
+    launch(kda_chain_kernel<T, K, K, kWarps, kStages>, dim3(blocks), dim3(kWarps * kWarp),
+           sizeof(ChainShared<K, kWarps, kStages>), stream, p, segment);
+  };
+  if (sizeof(ChainShared<K, kWarps, 3>) <= max_shared_bytes()) return run.template operator()<3>();
+  if (sizeof(ChainShared<K, kWarps, 2>) <= max_shared_bytes()) return run.template operator()<2>();
+  run.template operator()<1>();
+}
+
+template <typename T, int K>
+void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
+  Segment segment;
+  segment.images = p.workspace;
+  segment.wide_q = aligned_to(16, p.q) && multiples_of(8, p.q_token_stride, p.q_head_stride);
+  segment.wide_k = aligned_to(16, p.k) && multiples_of(8, p.k_token_stride, p.k_head_stride);
+  segment.wide_v = aligned_to(8, p.v) && multiples_of(4, p.v_token_stride, p.v_head_stride);
+  segment.wide_g = aligned_to(16, p.g) && multiples_of(4, p.g_token_stride, p.g_head_stride);
+  segment.wide_out = aligned_to(8, p.out) && multiples_of(4, p.out_token_stride, p.out_head_stride);
+  segment.wide_state = wide_state(p);
+
+  const Plan plan(p);
+  const int64_t heads = p.num_sequences * p.num_value_heads;
+  for (int64_t first = 0; first < plan.chunks; first += plan.chunks_per_segment) {
+    segment.first = static_cast<int>(first);
+    segment.count = static_cast<int>(std::min(plan.chunks_per_segment, plan.chunks - first));
+    launch(kda_prep_kernel<T, K, K>, dim3(static_cast<unsigned>(segment.count * p.num_value_heads)), dim3(kPrepThreads),
+           sizeof(PrepShared<K, K>), stream, p, segment);
+    // Few heads: slices of a head on multiprocessors of their own. Many: a block for the whole head, which copies the
+    // images once. The same bits in any case.
+    const char* experiment = std::getenv("KIMI_KDA_WARPS");  // TODO(experiment): remove
+    if (experiment && experiment[0] == '2')
+      launch_chain<T, K, K / 64>(p, segment, stream);
+    else if (experiment ? experiment[0] == '8' : heads >= multiprocessors())
+      launch_chain<T, K, K / 16>(p, segment, stream);
+    else
+      launch_chain<T, K, K / 32>(p, segment, stream);
+  }
+}
+
+}  // namespace
+
+size_t kda_prefill_workspace_bytes(const KdaPrefillParams& p) {
+  if (p.num_tokens == 0 || p.num_sequences == 0 || !is_chunked(p)) return 16;  // not null
+  return Plan(p).workspace_bytes;
+}
+
+void kda_prefill(const KdaPrefillParams& p, cudaStream_t stream) {
+  if (p.num_tokens == 0 || p.num_sequences == 0) return;
+  if (!is_chunked(p)) return run_tokens(p, stream);
+  dispatch_half(p.dtype, [&]<typename T>() { dispatch_head(p, [&]<int K>() { run_chunks<T, K>(p, stream); }); });
+}
+
+}  // namespace kimi::cuda

@@ -1,0 +1,597 @@
+// K1 of the chunked path: from q, k, v, gate and beta of one chunk and value head to its image (image.cuh).
+//
+// Block = (chunk, value head), 8 warps, two blocks a multiprocessor. Warp w has the tokens of group w (8 tokens), and
+// lane 4 g + t of it token g and, of every 32 channels, eight. With G_i the sum of the log2 gates of the chunk up to
+// token i, everything in the image needs 2^(G_i - G_j) for i >= j only, and nothing here ever forms a larger one:
+//
+//   within a group    2^(G_i - mid) and 2^(mid - G_j) as tf32, mid = the sum over the first half of the group; each
+//                     token's gate is floored at -30 in these, so they stay within 2^+-120
+//   group to group    2^(G_i - start of i's group) * [product of the whole groups between] * 2^(end of j's group - G_j)
+//   with the state    2^(G_i - start of the chunk), 2^(end of the chunk - G_j)
+//
+// The first two powers are all the exponentials there are (two an element); the others follow by multiplication with
+// factors of a group and channel. Operands are fp16: by then all are at most 1 in magnitude but for v, which is scaled
+// by a power of two when the chunk needs it. A_kk is kept as the sum of two fp16 (its error would dominate otherwise).
+//
+// Phases, a block barrier after each: 1 inputs, gates, norms; 2 factors of the groups; 3 operands; 4 A_kk, A_qk and the
+// inverses of the diagonal blocks of I + A_kk; 5 w and u by forward substitution over the groups.
+//
+// Bytes: 64 KB read and 70 KB written a block at K = V = 128, which bounds it: 31 ns a block at 4.27 TB/s, as long as
+// the 60 or so instructions an element (4,000 issue cycles a block) and the products (1.4 M multiply-adds, 1,100 cycles
+// at the rate of mma.sync) overlap with it, which is what the second block on the multiprocessor is for.
+#pragma once
+
+#include "cuda/common/activations.h"
+#include "cuda/common/reduce.h"
+#include "cuda/kda_prefill/image.cuh"
+
+namespace kimi::cuda {
+
+inline constexpr int kPrepThreads = kGroups * kWarp;
+inline constexpr float kGateFloor = -30.0f;  // log2 of a token's decay within its group: 2^-30 is nothing to the state
+
+template <int K, int V>
+struct PrepShared {
+  union {
+    float from_mid[kGroups][kGroup][K + 4];  // G - mid of the group; phase 1 to 3, each warp its own
+    struct {
+      // -A_kk as b operands: row tokens as columns n, tokens of column groups 2 s, 2 s + 1 as k. Words: two of the
+      // upper and two of the lower fp16 of the split. Entry group^2 / 4 + s.
+      uint4 a_kk[16][kWarp];
+      uint32_t inverse[kGroups][kWarp];  // of the diagonal block of I + A_kk
+    } system;                            // phase 4 to 5
+  };
+  float group_decay[kGroups][K];   // 2^(sum over the group)
+  float start_to_mid[kGroups][K];  // 2^(sum over the first half), floored
+  float mid_to_end[kGroups][K];    // 2^(sum over the second half), floored
+  float chunk_start_to_mid[kGroups][K];
+  float mid_to_chunk_end[kGroups][K];
+  Fp16 between[21][K];                    // product of the whole groups between two; entry between_entry()
+  uint4 k_end[kGroups][K / 32][kWarp];    // k 2^(end of the group - G), as b operands
+  uint4 k_start[K / 32][kGroups][kWarp];  // k 2^(G - start of the chunk), transposed: rows are channels
+  uint4 v[V / 32][kGroups][kWarp];        // v, transposed: rows are values
+  float beta[kChunk];
+  float largest_value[kGroups], smallest_value[kGroups];  // of the tokens' largest |v|; zeros left out of the smallest
+};
+
+__host__ __device__ constexpr int between_entry(int row_group, int column_group) {  // column_group <= row_group - 2
+  return (row_group - 1) * (row_group - 2) / 2 + column_group;
+}
+
+// log2(1 + y) for y in [0, 1], relative error 4e-7 also where y is small (lg2.approx of 1 + y has an absolute one).
+__device__ __forceinline__ float log2_one_plus(float y) {
+  constexpr float kCoefficients[] = {1.4426947832107544f,   -0.7213100790977478f, 0.48006370663642883f,
+                                     -0.35339483618736267f, 0.2560097575187683f,  -0.1553518921136856f,
+                                     0.06360789388418198f,  -0.01231947261840105f};
+  float sum = kCoefficients[7];
+#pragma unroll
+  for (int i = 6; i >= 0; --i) sum = fmaf(sum, y, kCoefficients[i]);
+  return sum * y;
+}
+
+// Log2 of the decay from the raw gate.
+struct GateRule {
+  KdaGate gate;
+  float rate, lower_bound_log2;
+
+  __device__ __forceinline__ GateRule(const KdaPrefillParams& p, int head) : gate(p.gate) {
+    rate = p.A_log ? expf(p.A_log[head]) : 1.0f;
+    if (rate < 1e-38f) rate = 1e-38f;  // so that the products below are never 0 * infinity
+    if (rate > 3e38f) rate = 3e38f;
+    lower_bound_log2 = p.lower_bound * kLog2e;
+  }
+  // `bias_log2` is log2(e) * dt_bias.
+  __device__ __forceinline__ float operator()(float g, float bias_log2) const {
+    if (gate == KdaGate::kLogDecay) return g * kLog2e;
+    const float x = fmaf(g, kLog2e, bias_log2);
+    if (gate == KdaGate::kBounded) return lower_bound_log2 * rcp_approx(1.0f + exp2_approx(-rate * x));
+    return -rate * (fmaxf(x, 0.0f) + log2_one_plus(exp2_approx(-fabsf(x))));
+  }
+};
+
+// The place of a thread: warp = group of tokens, lane = 4 g + t.
+struct PrepLane {
+  int group, lane, g, t;
+  __device__ __forceinline__ PrepLane()
+      : group(threadIdx.x / kWarp), lane(threadIdx.x % kWarp), g(lane / 4), t(lane % 4) {}
+};
+
+// What the block works on.
+struct PrepTask {
+  int head, qk_head, count;  // tokens; fewer than kChunk at the end of a sequence
+  int64_t first_token;
+};
+
+// N elements, in one access if they lie for it.
+template <typename T, int N>
+__device__ __forceinline__ Vec<T, N> load_elements(const T* from, bool wide) {
+  if (wide) return load_vec<T, N>(from);
+  Vec<T, N> v;
+#pragma unroll
+  for (int i = 0; i < N; ++i) v.x[i] = from[i];
+  return v;
+}
+
+// Phase 1a. Log2 gates of the group's tokens: lane l has channels K / 32 * l on. Leaves G - mid and the group's
+// factors.
+template <int K, int V, typename G>
+__device__ __forceinline__ void group_gates(const KdaPrefillParams& p, const PrepTask& task, bool wide,
+                                            PrepShared<K, V>& shared) {
+  constexpr int kChannels = K / kWarp;
+  const PrepLane at;
+  const GateRule rule(p, task.head);
+  const int channel = kChannels * at.lane, left = task.count - kGroup * at.group;
+  const G* from = static_cast<const G*>(p.g) + (task.first_token + kGroup * at.group) * p.g_token_stride +
+                  task.head * p.g_head_stride + channel;
+  Vec<G, kChannels> raw[kGroup] = {};
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    if (i < left) raw[i] = load_elements<G, kChannels>(from + i * p.g_token_stride, wide);
+  }
+  float from_start[kGroup][kChannels], decay[kChannels];
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    const float bias = p.dt_bias ? p.dt_bias[task.head * K + channel + c] * kLog2e : 0.0f;
+    float floored = 0.0f, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const float log2_decay = i < left ? rule(to_float(raw[i].x[c]), bias) : 0.0f;
+      sum += log2_decay;
+      floored += fmaxf(log2_decay, kGateFloor);
+      from_start[i][c] = floored;
+    }
+    decay[c] = exp2_approx(sum);
+  }
+  constexpr int kMid = kGroup / 2 - 1;
+  Vec<float, kChannels> group, start, end;
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    group.x[c] = decay[c];
+    start.x[c] = exp2_approx(from_start[kMid][c]);
+    end.x[c] = exp2_approx(from_start[kGroup - 1][c] - from_start[kMid][c]);
+  }
+  store_vec(&shared.group_decay[at.group][channel], group);
+  store_vec(&shared.start_to_mid[at.group][channel], start);
+  store_vec(&shared.mid_to_end[at.group][channel], end);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    Vec<float, kChannels> row;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) row.x[c] = from_start[i][c] - from_start[kMid][c];
+    store_vec(&shared.from_mid[at.group][i][channel], row);
+  }
+}
+
+// A token's q or k row as its lanes hold it: channels 32 j + 8 t .. + 7 in rows[j], two elements a word.
+template <typename T, int K>
+struct TokenRow {
+  uint4 words[K / 32];
+
+  __device__ __forceinline__ void load(const T* row, bool valid, bool wide) {
+#pragma unroll
+    for (int j = 0; j < K / 32; ++j) {
+      words[j] = make_uint4(0, 0, 0, 0);
+      if (valid) words[j] = bits_as<uint4>(load_elements<T, 8>(row + 32 * j + 8 * (threadIdx.x % 4), wide));
+    }
+  }
+  __device__ __forceinline__ void unpack(int j, float (&x)[8]) const {
+    const uint32_t w[4] = {words[j].x, words[j].y, words[j].z, words[j].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack2<T>(w[i]);
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
+    }
+  }
+  // Sum of (scale x)^2 over the row.
+  __device__ __forceinline__ float squares(float scale) const {
+    float sum[2] = {};
+#pragma unroll
+    for (int j = 0; j < K / 32; ++j) {
+      float x[8];
+      unpack(j, x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i % 2] = fmaf(scale * x[i], scale * x[i], sum[i % 2]);
+    }
+    return warp_sum<4>(sum[0] + sum[1]);
+  }
+  // 1 / sqrt(sum x^2 + 1e-6), also where the squares overflow.
+  __device__ __forceinline__ float inverse_norm() const {
+    const float sum = squares(1.0f);
+    float inverse = rsqrt_approx(sum + 1e-6f);
+    if (__any_sync(kFullWarp, !(sum < 1e37f))) {
+      const float scaled = rsqrt_approx(squares(0x1p-80f)) * 0x1p-80f;
+      if (!(sum < 1e37f)) inverse = scaled;
+    }
+    return inverse;
+  }
+};
+
+__device__ __forceinline__ uint4 movmatrix_trans(uint4 x) {
+  return make_uint4(movmatrix_trans(x.x), movmatrix_trans(x.y), movmatrix_trans(x.z), movmatrix_trans(x.w));
+}
+
+// Eight fp32 values times a factor each, as fp16.
+__device__ __forceinline__ uint4 pack_scaled(const float (&x)[8], const float (&factor)[8]) {
+  uint32_t w[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = pack2<Fp16>(x[2 * i] * factor[2 * i], x[2 * i + 1] * factor[2 * i + 1]);
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+__device__ __forceinline__ void load_eight(float (&x)[8], const float* from) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const auto piece = load_vec<float, 4>(from + 4 * half);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[4 * half + i] = piece.x[i];
+  }
+}
+
+// Phase 2. From the groups' factors to those of the chunk: one channel a thread.
+template <int K, int V>
+__device__ __forceinline__ void chunk_factors(PrepShared<K, V>& shared, ChunkFactors<K>& image) {
+  const int c = threadIdx.x % K, part = threadIdx.x / K;
+  if (part >= 2) return;
+  float decay[kGroups];
+#pragma unroll
+  for (int m = 0; m < kGroups; ++m) decay[m] = shared.group_decay[m][c];
+  if (part == 0) {
+    float before = 1.0f, after = 1.0f;
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+      shared.chunk_start_to_mid[m][c] = shared.start_to_mid[m][c] * before;
+      before *= decay[m];
+    }
+    image.decay[c] = before;
+#pragma unroll
+    for (int m = kGroups - 1; m >= 0; --m) {
+      shared.mid_to_chunk_end[m][c] = shared.mid_to_end[m][c] * after;
+      after *= decay[m];
+    }
+  } else {
+#pragma unroll
+    for (int row = 2; row < kGroups; ++row) {
+      float product = 1.0f;
+#pragma unroll
+      for (int column = row - 2; column >= 0; --column) {
+        product *= decay[column + 1];
+        shared.between[between_entry(row, column)][c] = from_float<Fp16>(product);
+      }
+    }
+  }
+}
+
+// Operands of the products of a row group with earlier ones, as an mma wants them: rows 0..7 are k, 8..15 are q.
+template <int K>
+struct RowOperands {
+  uint32_t a[K / 16][4];
+};
+
+// Phase 3. All operands of the group's tokens; the product of the group with itself into `diagonal` (k rows, q rows).
+template <typename T, int K, int V>
+__device__ __forceinline__ void make_operands(const TokenRow<T, K>& q_row, const TokenRow<T, K>& k_row, float q_scale,
+                                              float k_scale, PrepShared<K, V>& shared, ChunkFactors<K>& image,
+                                              RowOperands<K>& rows, float (&diagonal)[4]) {
+  const PrepLane at;
+#pragma unroll
+  for (int j = 0; j < K / 32; ++j) {
+    const int channel = 32 * j + 8 * at.t;
+    float q[8], k[8], k_column[8], factor[8];
+    q_row.unpack(j, q);
+    k_row.unpack(j, k);
+    load_eight(factor, &shared.from_mid[at.group][at.g][channel]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float up = exp2_approx(factor[i]), down = exp2_approx(-factor[i]);
+      k_column[i] = k[i] * k_scale * down;
+      k[i] = k[i] * k_scale * up;
+      q[i] = q[i] * q_scale * up;
+    }
+    // Within the group.
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const uint32_t a[4] = {to_tf32(k[i]), to_tf32(q[i]), to_tf32(k[i + 1]), to_tf32(q[i + 1])};
+      const uint32_t b[2] = {to_tf32(k_column[i]), to_tf32(k_column[i + 1])};
+      mma_m16n8k8_tf32(diagonal, a, b);
+    }
+    // Rows and columns of the products between groups.
+    load_eight(factor, &shared.start_to_mid[at.group][channel]);
+    const uint4 k_rows = pack_scaled(k, factor), q_rows = pack_scaled(q, factor);
+    rows.a[2 * j][0] = k_rows.x;
+    rows.a[2 * j][1] = q_rows.x;
+    rows.a[2 * j][2] = k_rows.y;
+    rows.a[2 * j][3] = q_rows.y;
+    rows.a[2 * j + 1][0] = k_rows.z;
+    rows.a[2 * j + 1][1] = q_rows.z;
+    rows.a[2 * j + 1][2] = k_rows.w;
+    rows.a[2 * j + 1][3] = q_rows.w;
+    load_eight(factor, &shared.mid_to_end[at.group][channel]);
+    shared.k_end[at.group][j][at.lane] = pack_scaled(k_column, factor);
+    // With the state.
+    load_eight(factor, &shared.chunk_start_to_mid[at.group][channel]);
+    image.q[at.group][j][at.lane] = pack_scaled(q, factor);
+    shared.k_start[j][at.group][at.lane] = movmatrix_trans(pack_scaled(k, factor));
+    load_eight(factor, &shared.mid_to_chunk_end[at.group][channel]);
+    image.kg[at.group][j][at.lane] = movmatrix_trans(pack_scaled(k_column, factor));
+  }
+}
+
+// Phase 4a. product = rows of this warp's group times k of an earlier group.
+template <int K, int V>
+__device__ __forceinline__ void group_product(const RowOperands<K>& rows, int row_group, int column_group,
+                                              const PrepShared<K, V>& shared, float (&product)[4]) {
+  const PrepLane at;
+  float part[2][4] = {};  // two chains: an mma takes several times longer to finish than to start
+#pragma unroll
+  for (int j = 0; j < K / 32; ++j) {
+    const uint4 column = shared.k_end[column_group][j][at.lane];
+    uint32_t b[4] = {column.x, column.y, column.z, column.w};
+    if (column_group < row_group - 1) {
+      const auto between = load_vec<uint32_t, 4>(reinterpret_cast<const uint32_t*>(
+          &shared.between[between_entry(row_group, column_group)][32 * j + 8 * at.t]));
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        b[i] = bits_as<uint32_t>(__hmul2(bits_as<__half2>(b[i]), bits_as<__half2>(between.x[i])));
+    }
+    mma_m16n8k16<Fp16>(part[0], rows.a[2 * j], {b[0], b[1]});
+    mma_m16n8k16<Fp16>(part[1], rows.a[2 * j + 1], {b[2], b[3]});
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) product[i] = part[0][i] + part[1][i];
+}
+
+// Phase 4b. The inverse of the unit lower triangular block I + N of 8 tokens; n, and the result, are row g, columns
+// 2t and 2t + 1.
+__device__ __forceinline__ float2 invert_diagonal_block(float2 n) {
+  const PrepLane at;
+  float2 inverse = make_float2(at.g == 2 * at.t ? 1.0f : 0.0f, at.g == 2 * at.t + 1 ? 1.0f : 0.0f);
+#pragma unroll
+  for (int row = 0; row < kGroup - 1; ++row) {  // row is final: subtract its multiple from those below
+    const float x = __shfl_sync(kFullWarp, inverse.x, 4 * row + at.t);
+    const float y = __shfl_sync(kFullWarp, inverse.y, 4 * row + at.t);
+    const float factor = __shfl_sync(kFullWarp, row % 2 == 0 ? n.x : n.y, 4 * at.g + row / 2);
+    if (at.g > row) {
+      inverse.x = fmaf(-factor, x, inverse.x);
+      inverse.y = fmaf(-factor, y, inverse.y);
+    }
+  }
+  return inverse;
+}
+
+// Phase 4. This group's rows of A_kk and A_qk.
+template <int K, int V>
+__device__ __forceinline__ void make_systems(const RowOperands<K>& rows, const float (&diagonal)[4],
+                                             PrepShared<K, V>& shared, ChunkFactors<K>& image) {
+  const PrepLane at;
+  const float beta = shared.beta[kGroup * at.group + at.g];
+  uint32_t upper[kGroups] = {}, lower[kGroups] = {}, a_qk[kGroups] = {};  // of column groups
+#pragma unroll
+  for (int column_group = 0; column_group < kGroups - 1; ++column_group) {
+    if (column_group >= at.group) continue;
+    float product[4];
+    group_product(rows, at.group, column_group, shared, product);
+    product[0] *= -beta;
+    product[1] *= -beta;
+    upper[column_group] = pack2<Fp16>(product[0], product[1]);
+    const float2 rounded = unpack2<Fp16>(upper[column_group]);
+    lower[column_group] = pack2<Fp16>(product[0] - rounded.x, product[1] - rounded.y);
+    a_qk[column_group] = pack2<Fp16>(product[2], product[3]);
+  }
+  const int column = 2 * at.t;
+  const uint32_t a_qk_diagonal =
+      pack2<Fp16>(column <= at.g ? diagonal[2] : 0.0f, column + 1 <= at.g ? diagonal[3] : 0.0f);
+  const float2 inverse = invert_diagonal_block(
+      make_float2(column < at.g ? beta * diagonal[0] : 0.0f, column + 1 < at.g ? beta * diagonal[1] : 0.0f));
+  shared.system.inverse[at.group][at.lane] = pack2<Fp16>(inverse.x, inverse.y);
+#pragma unroll
+  for (int s = 0; s < kGroups / 2; ++s) {
+    if (2 * s < at.group) {
+      shared.system.a_kk[at.group * at.group / 4 + s][at.lane] =
+          make_uint4(upper[2 * s], upper[2 * s + 1], lower[2 * s], lower[2 * s + 1]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    if (i == at.group) a_qk[i] = a_qk_diagonal;
+  }
+  image.a_qk[a_qk_entry(at.group, 0)][at.lane] = make_uint4(a_qk[0], a_qk[1], a_qk[2], a_qk[3]);
+  if (at.group >= 4) image.a_qk[a_qk_entry(at.group, 1)][at.lane] = make_uint4(a_qk[4], a_qk[5], a_qk[6], a_qk[7]);
+}
+
+// Phase 5. 32 rows (channels of w, or values of u) of X = R T^T with R = rows x tokens, by forward substitution over
+// the groups: X_i = (R_i - sum over j < i of X_j A_ij^T) T_ii^T. x[group][half] are fp16 pairs of tokens 2t, 2t + 1:
+// rows g and g + 8 of the half.
+template <int K, int V>
+__device__ __forceinline__ void substitute(const uint4 (&right_side)[kGroups][kWarp], const PrepShared<K, V>& shared,
+                                           uint32_t (&x)[kGroups][2][2]) {
+  const PrepLane at;
+  float sum[kGroups][2][4];
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    const uint4 words = right_side[i][at.lane];
+    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+    const auto beta = load_vec<float, 2>(&shared.beta[kGroup * i + 2 * at.t]);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float2 pair = unpack2<Fp16>(w[r]);
+      sum[i][r / 2][2 * (r % 2)] = pair.x * beta.x[0];
+      sum[i][r / 2][2 * (r % 2) + 1] = pair.y * beta.x[1];
+    }
+  }
+  // sum[row_group] -= X A^T for the column groups of the a operands.
+  const auto eliminate = [&](int row_group, int s, const uint32_t (&a)[2][4]) {
+    const uint4 b = shared.system.a_kk[row_group * row_group / 4 + s][at.lane];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mma_m16n8k16<Fp16>(sum[row_group][half], a[half], {b.x, b.y});
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mma_m16n8k16<Fp16>(sum[row_group][half], a[half], {b.z, b.w});
+  };
+  const auto solve = [&](int i) {
+    const uint32_t b[2] = {shared.system.inverse[i][at.lane], 0};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float (&r)[4] = sum[i][half];
+      const uint32_t a[4] = {pack2<Fp16>(r[0], r[1]), pack2<Fp16>(r[2], r[3]), 0, 0};
+      float solution[4] = {};
+      mma_m16n8k16<Fp16>(solution, a, b);
+      x[i][half][0] = pack2<Fp16>(solution[0], solution[1]);
+      x[i][half][1] = pack2<Fp16>(solution[2], solution[3]);
+    }
+  };
+#pragma unroll
+  for (int s = 0; s < kGroups / 2; ++s) {
+    const int i = 2 * s;
+    solve(i);
+    uint32_t a[2][4] = {{x[i][0][0], x[i][0][1], 0, 0}, {x[i][1][0], x[i][1][1], 0, 0}};
+    eliminate(i + 1, s, a);
+    solve(i + 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      a[half][2] = x[i + 1][half][0];
+      a[half][3] = x[i + 1][half][1];
+    }
+#pragma unroll
+    for (int row_group = i + 2; row_group < kGroups; ++row_group) eliminate(row_group, s, a);
+  }
+}
+
+template <typename T, int K, int V>
+__global__ void __launch_bounds__(kPrepThreads, 2) kda_prep_kernel(KdaPrefillParams p, Segment segment) {
+  auto& shared = shared_memory<PrepShared<K, V>>();
+  const PrepLane at;
+  const int num_heads = static_cast<int>(p.num_value_heads);
+  // From the last chunk to the first: the second kernel finds the images it begins with in the L2 cache.
+  const int chunk = segment.first + segment.count - 1 - static_cast<int>(blockIdx.x) / num_heads;
+  const int sequence = sequence_of_chunk(p.cu_seqlens, static_cast<int>(p.num_sequences), chunk);
+  if (sequence < 0 || p.slots[sequence] < 0) return;
+  PrepTask task;
+  const int offset = (chunk - first_chunk(p.cu_seqlens, sequence)) * kChunk;
+  task.first_token = p.cu_seqlens[sequence] + offset;
+  const int left = p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence] - offset;
+  if (left <= 0) return;
+  task.count = left < kChunk ? left : kChunk;
+  task.head = static_cast<int>(blockIdx.x) % num_heads;
+  task.qk_head = task.head / (num_heads / static_cast<int>(p.num_heads));
+  auto& image = image_of<ChunkImage<K, V>>(segment, chunk, task.head, num_heads);
+
+  // Phase 1: inputs. Lane 4 g + t has token g of the group.
+  const int token_in_chunk = kGroup * at.group + at.g;
+  const bool valid = token_in_chunk < task.count;
+  const int64_t token = task.first_token + token_in_chunk;
+  TokenRow<T, K> q_row, k_row;
+  q_row.load(static_cast<const T*>(p.q) + token * p.q_token_stride + task.qk_head * p.q_head_stride, valid,
+             segment.wide_q);
+  k_row.load(static_cast<const T*>(p.k) + token * p.k_token_stride + task.qk_head * p.k_head_stride, valid,
+             segment.wide_k);
+  uint2 v_row[V / 16];
+  const T* v = static_cast<const T*>(p.v) + token * p.v_token_stride + task.head * p.v_head_stride + 4 * at.t;
+#pragma unroll
+  for (int m = 0; m < V / 16; ++m) {
+    v_row[m] = make_uint2(0, 0);
+    if (valid) v_row[m] = bits_as<uint2>(load_elements<T, 4>(v + 16 * m, segment.wide_v));
+  }
+  float beta = 0.0f;
+  if (valid) {
+    const int64_t beta_at = token * p.beta_token_stride + task.head * p.beta_head_stride;
+    beta = p.beta_dtype == DType::kF32 ? static_cast<const float*>(p.beta)[beta_at]
+                                       : to_float(static_cast<const T*>(p.beta)[beta_at]);
+    if (p.use_beta_sigmoid) beta = sigmoid(beta);
+  }
+  if (p.g_dtype == DType::kF32)
+    group_gates<K, V, float>(p, task, segment.wide_g, shared);
+  else
+    group_gates<K, V, T>(p, task, segment.wide_g, shared);
+  float q_scale = 1.0f, k_scale = 1.0f;
+  bool exact = false;  // numbers that fp16 operands may not hold, or a recurrence that grows
+  if (p.use_qk_l2norm) {
+    q_scale = q_row.inverse_norm();
+    k_scale = k_row.inverse_norm();
+    if (!p.use_beta_sigmoid) exact = beta < 0.0f || beta > 2.2f;
+  } else {
+    const float q2 = q_row.squares(1.0f), k2 = k_row.squares(1.0f);
+    exact = beta < 0.0f || beta * k2 > 2.2f || k2 > 0x1p12f || q2 > 0x1p16f || (k2 > 0.0f && k2 < 0x1p-12f) ||
+            (q2 > 0.0f && q2 < 0x1p-16f);
+  }
+  float largest = 0.0f;
+#pragma unroll
+  for (int m = 0; m < V / 16; ++m) {
+    const float2 a = unpack2<T>(v_row[m].x), b = unpack2<T>(v_row[m].y);
+    largest = fmaxf(fmaxf(fmaxf(largest, fabsf(a.x)), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y)));
+  }
+  largest = warp_max<4>(largest);
+  float smallest = largest > 0.0f ? -largest : -INFINITY;
+  largest = warp_max(largest);
+  smallest = -warp_max(smallest);
+  if (at.lane == 0) {
+    shared.largest_value[at.group] = largest;
+    shared.smallest_value[at.group] = smallest;
+  }
+  if (at.t == 0) shared.beta[token_in_chunk] = beta;
+  exact = __syncthreads_or(exact);
+
+  // Phase 2: factors of the groups within the chunk; the unit of the values.
+  chunk_factors(shared, image.factors);
+#pragma unroll
+  for (int m = 0; m < kGroups; ++m) {
+    largest = fmaxf(largest, shared.largest_value[m]);
+    smallest = fminf(smallest, shared.smallest_value[m]);
+  }
+  int exponent = exponent_of(largest);
+  exponent = largest == 0.0f || (exponent >= -8 && exponent < 9) || exponent > 127 ? 0 : max(exponent - 4, -100);
+  if (threadIdx.x == 0) {
+    image.factors.exponent = exponent;
+    // In units for very large values, a token of ordinary ones would drown, and the large ones may soon be forgotten.
+    image.factors.exact = exact || (exponent > 0 && exponent_of(smallest) < exponent - 12);
+    image.factors.unused[0] = image.factors.unused[1] = 0;
+  }
+  const float unit = power_of_two(-exponent);
+#pragma unroll
+  for (int i = 0; i < V / 32; ++i) {
+    uint32_t w[4];
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      const uint2 words = v_row[2 * i + h / 2];
+      const float2 pair = unpack2<T>(h % 2 == 0 ? words.x : words.y);
+      w[h] = pack2<Fp16>(pair.x * unit, pair.y * unit);
+    }
+    shared.v[i][at.group][at.lane] = movmatrix_trans(make_uint4(w[0], w[1], w[2], w[3]));
+  }
+  __syncthreads();
+
+  // Phase 3: operands.
+  RowOperands<K> rows;
+  float diagonal[4] = {};
+  make_operands(q_row, k_row, q_scale, k_scale, shared, image.factors, rows, diagonal);
+  __syncthreads();
+
+  // Phase 4: A_kk, A_qk and the diagonal inverses.
+  make_systems(rows, diagonal, shared, image.factors);
+  __syncthreads();
+
+  // Phase 5: w and u, 32 rows a warp.
+  uint32_t x[kGroups][2][2];
+  if (at.group < K / 32) {
+    const int j = at.group;
+    substitute(shared.k_start[j], shared, x);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      uint4 w = movmatrix_trans(make_uint4(x[i][0][0], x[i][0][1], x[i][1][0], x[i][1][1]));
+      constexpr uint32_t kSigns = 0x80008000u;
+      image.factors.w[i][j][at.lane] = make_uint4(w.x ^ kSigns, w.y ^ kSigns, w.z ^ kSigns, w.w ^ kSigns);
+    }
+  } else if (at.group < K / 32 + V / 32) {
+    const int m = 2 * (at.group - K / 32);
+    substitute(shared.v[at.group - K / 32], shared, x);
+#pragma unroll
+    for (int s = 0; s < kGroups / 2; ++s) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        image.u[m + half][s][at.lane] =
+            make_uint4(x[2 * s][half][0], x[2 * s][half][1], x[2 * s + 1][half][0], x[2 * s + 1][half][1]);
+      }
+    }
+  }
+}
+
+}  // namespace kimi::cuda
