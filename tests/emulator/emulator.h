@@ -150,6 +150,10 @@ T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
   const int lane = kimi::emulator::lane(), d = static_cast<int>(distance);
   return kimi::emulator::shuffle(value, lane % width + d < width ? lane + d : lane);
 }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  for (int bits = 16; bits > 0; bits /= 2) value = std::max(value, __shfl_xor_sync(mask, value, bits));
+  return value;
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   kimi::emulator::check_mask(mask);
   return kimi::emulator::ballot(predicate != 0);

@@ -26,7 +26,7 @@
 namespace kimi::cuda {
 
 template <int K, int kWarps>
-struct ChainStage {
+struct alignas(128) ChainStage {
   uint4 u[kWarps][kGroups / 2][kWarp];
   ChunkFactors<K> factors;
 };
@@ -199,7 +199,8 @@ __device__ __forceinline__ void write_out(const float (&out)[kGroups][4], float 
 }
 
 template <typename T, int K, int V, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps* kWarp, 1) kda_chain_kernel(KdaPrefillParams p, Segment segment) {
+__global__ void __launch_bounds__(kWarps* kWarp, 1)
+    kda_chain_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
   using Image = ChunkImage<K, V>;
   constexpr int kSlices = V / (16 * kWarps), kThreads = kWarps * kWarp;
   auto& shared = shared_memory<ChainShared<K, kWarps, kStages>>();
@@ -282,7 +283,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) kda_chain_kernel(KdaPrefillP
       write_out(out_values, p.scale * power_of_two(unit), out_of_chunk, p.out_token_stride, count, segment.wide_out);
     } else {
       const int64_t token = begin + static_cast<int64_t>(chunk) * kChunk;
-      run_tokens<T, K / 32>(TokenReader<T, K / 32>(p, head, first_value), token, token + count, s);
+      store_state<K / 32>(s, rows_of(slot), K, segment.wide_state);
+      run_tokens_in_pool<T, K / 32>(p, head, first_value, token, token + count, rows_of(slot), segment.wide_state);
+      load_state<K / 32>(s, rows_of(slot), K, segment.wide_state, false);
     }
     if (kStages == 1) {
       __syncthreads();

@@ -21,14 +21,15 @@ namespace {
 // Images of 9,800 tokens of 32 heads of 128 x 128. Fewer would leave the chip idle at the end of each kernel more
 // often.
 constexpr int64_t kSegmentBytes = int64_t{384} << 20;
-constexpr int kTokenWarps = 4;  // of a block of the generic kernel
+constexpr int kTokenThreads = 128;  // of a block of the generic kernel, at most
 
 // ---- The generic path
 // ------------------------------------------------------------------------------------------------
 
 // Block = (sequence, value head, 64 values or less); key_dim <= 32 J.
 template <typename T, int J>
-__global__ void __launch_bounds__(kTokenWarps* kWarp) kda_tokens_kernel(KdaPrefillParams p, bool wide_state) {
+__global__ void __launch_bounds__(kTokenThreads, 1)
+    kda_tokens_kernel(const __grid_constant__ KdaPrefillParams p, bool wide_state) {
   const int warp = threadIdx.x / kWarp;
   const int key_dim = static_cast<int>(p.key_dim), value_dim = static_cast<int>(p.value_dim);
   const unsigned slices = ceil_div(value_dim, 16 * static_cast<int>(blockDim.x / kWarp));
@@ -68,7 +69,7 @@ bool wide_state(const KdaPrefillParams& p) {
 }
 
 void run_tokens(const KdaPrefillParams& p, cudaStream_t stream) {
-  const int64_t warps = std::min<int64_t>(kTokenWarps, p.value_dim / 16);
+  const int64_t warps = std::min<int64_t>(kTokenThreads / kWarp, p.value_dim / 16);
   const int64_t blocks = p.num_sequences * p.num_value_heads * ceil_div<int64_t>(p.value_dim, 16 * warps);
   dispatch_dtype(p.dtype, [&]<typename T>() {
     const auto run = [&]<int J>() {

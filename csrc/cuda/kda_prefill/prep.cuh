@@ -69,25 +69,30 @@ __device__ __forceinline__ float log2_one_plus(float y) {
   return sum * y;
 }
 
-// Log2 of the decay from the raw gate.
-struct GateRule {
-  KdaGate gate;
-  float rate, lower_bound_log2;
-
-  __device__ __forceinline__ GateRule(const KdaPrefillParams& p, int head) : gate(p.gate) {
-    rate = p.A_log ? expf(p.A_log[head]) : 1.0f;
-    if (rate < 1e-38f) rate = 1e-38f;  // so that the products below are never 0 * infinity
-    if (rate > 3e38f) rate = 3e38f;
-    lower_bound_log2 = p.lower_bound * kLog2e;
+// From raw gates (g + dt_bias) log2(e), or g log2(e) for ready log-decays, to the log2 of the decays. The form of the
+// gate is decided once for all elements: a branch for each would keep them from overlapping.
+template <int N, int M>
+__device__ __forceinline__ void log2_decays(const KdaPrefillParams& p, int head, float (&x)[N][M]) {
+  if (p.gate == KdaGate::kLogDecay) return;
+  float rate = p.A_log ? expf(p.A_log[head]) : 1.0f;
+  if (rate < 1e-38f) rate = 1e-38f;  // so that the products below are never 0 * infinity
+  if (rate > 3e38f) rate = 3e38f;
+  if (p.gate == KdaGate::kBounded) {
+    const float lower_bound_log2 = p.lower_bound * kLog2e;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int m = 0; m < M; ++m) x[n][m] = lower_bound_log2 * rcp_approx(1.0f + exp2_approx(-rate * x[n][m]));
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+        x[n][m] = -rate * (fmaxf(x[n][m], 0.0f) + log2_one_plus(exp2_approx(-fabsf(x[n][m]))));
+    }
   }
-  // `bias_log2` is log2(e) * dt_bias.
-  __device__ __forceinline__ float operator()(float g, float bias_log2) const {
-    if (gate == KdaGate::kLogDecay) return g * kLog2e;
-    const float x = fmaf(g, kLog2e, bias_log2);
-    if (gate == KdaGate::kBounded) return lower_bound_log2 * rcp_approx(1.0f + exp2_approx(-rate * x));
-    return -rate * (fmaxf(x, 0.0f) + log2_one_plus(exp2_approx(-fabsf(x))));
-  }
-};
+}
 
 // The place of a thread: warp = group of tokens, lane = 4 g + t.
 struct PrepLane {
@@ -112,14 +117,12 @@ __device__ __forceinline__ Vec<T, N> load_elements(const T* from, bool wide) {
   return v;
 }
 
-// Phase 1a. Log2 gates of the group's tokens: lane l has channels K / 32 * l on. Leaves G - mid and the group's
-// factors.
-template <int K, int V, typename G>
-__device__ __forceinline__ void group_gates(const KdaPrefillParams& p, const PrepTask& task, bool wide,
-                                            PrepShared<K, V>& shared) {
+// Phase 1a. Log2 gates of the group's tokens: lane l has channels K / 32 * l on.
+template <int K, typename G>
+__device__ __forceinline__ void load_gates(const KdaPrefillParams& p, const PrepTask& task, bool wide,
+                                           float (&x)[kGroup][K / kWarp]) {
   constexpr int kChannels = K / kWarp;
   const PrepLane at;
-  const GateRule rule(p, task.head);
   const int channel = kChannels * at.lane, left = task.count - kGroup * at.group;
   const G* from = static_cast<const G*>(p.g) + (task.first_token + kGroup * at.group) * p.g_token_stride +
                   task.head * p.g_head_stride + channel;
@@ -128,16 +131,35 @@ __device__ __forceinline__ void group_gates(const KdaPrefillParams& p, const Pre
   for (int i = 0; i < kGroup; ++i) {
     if (i < left) raw[i] = load_elements<G, kChannels>(from + i * p.g_token_stride, wide);
   }
+  float bias[kChannels] = {};
+  if (p.dt_bias && p.gate != KdaGate::kLogDecay) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) bias[c] = p.dt_bias[task.head * K + channel + c] * kLog2e;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) x[i][c] = fmaf(to_float(raw[i].x[c]), kLog2e, bias[c]);
+  }
+}
+
+// Phase 1b. Sums of the gates over the group: leaves G - mid and the group's factors.
+template <int K, int V>
+__device__ __forceinline__ void group_gates(const KdaPrefillParams& p, const PrepTask& task,
+                                            float (&log2_decay)[kGroup][K / kWarp], PrepShared<K, V>& shared) {
+  constexpr int kChannels = K / kWarp;
+  const PrepLane at;
+  const int channel = kChannels * at.lane, left = task.count - kGroup * at.group;
+  log2_decays(p, task.head, log2_decay);
   float from_start[kGroup][kChannels], decay[kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    const float bias = p.dt_bias ? p.dt_bias[task.head * K + channel + c] * kLog2e : 0.0f;
     float floored = 0.0f, sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      const float log2_decay = i < left ? rule(to_float(raw[i].x[c]), bias) : 0.0f;
-      sum += log2_decay;
-      floored += fmaxf(log2_decay, kGateFloor);
+      const float x = i < left ? log2_decay[i][c] : 0.0f;
+      sum += x;
+      floored += fmaxf(x, kGateFloor);
       from_start[i][c] = floored;
     }
     decay[c] = exp2_approx(sum);
@@ -457,7 +479,8 @@ __device__ __forceinline__ void substitute(const uint4 (&right_side)[kGroups][kW
 }
 
 template <typename T, int K, int V>
-__global__ void __launch_bounds__(kPrepThreads, 2) kda_prep_kernel(KdaPrefillParams p, Segment segment) {
+__global__ void __launch_bounds__(kPrepThreads, 2)
+    kda_prep_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
   auto& shared = shared_memory<PrepShared<K, V>>();
   const PrepLane at;
   const int num_heads = static_cast<int>(p.num_value_heads);
@@ -498,10 +521,12 @@ __global__ void __launch_bounds__(kPrepThreads, 2) kda_prep_kernel(KdaPrefillPar
                                        : to_float(static_cast<const T*>(p.beta)[beta_at]);
     if (p.use_beta_sigmoid) beta = sigmoid(beta);
   }
+  float gates[kGroup][K / kWarp];
   if (p.g_dtype == DType::kF32)
-    group_gates<K, V, float>(p, task, segment.wide_g, shared);
+    load_gates<K, float>(p, task, segment.wide_g, gates);
   else
-    group_gates<K, V, T>(p, task, segment.wide_g, shared);
+    load_gates<K, T>(p, task, segment.wide_g, gates);
+  group_gates(p, task, gates, shared);
   float q_scale = 1.0f, k_scale = 1.0f;
   bool exact = false;  // numbers that fp16 operands may not hold, or a recurrence that grows
   if (p.use_qk_l2norm) {

@@ -232,4 +232,15 @@ __device__ __forceinline__ void run_tokens(const TokenReader<T, J>& reader, int6
   }
 }
 
+// The same with the state in memory, `rows` of the lane's block in the pool. Not inlined: who calls it where it is
+// hardly ever needed keeps its registers.
+template <typename T, int J>
+__device__ __noinline__ void run_tokens_in_pool(const KdaPrefillParams& p, int head, int first_value, int64_t begin,
+                                                int64_t end, float* rows, bool wide) {
+  float s[4 * J][4];
+  load_state<J>(s, rows, static_cast<int>(p.key_dim), wide, false);
+  run_tokens<T, J>(TokenReader<T, J>(p, head, first_value), begin, end, s);
+  store_state<J>(s, rows, static_cast<int>(p.key_dim), wide);
+}
+
 }  // namespace kimi::cuda
