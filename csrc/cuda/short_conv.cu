@@ -1,9 +1,11 @@
 // CUDA backend of short_conv (kimi/short_conv.h). Portable.
 //
 // Grid: (run of tokens) x (block of channels), channels fastest. A thread owns the channels of one 16-byte vector and
-// walks down its run with the last three inputs and the taps in registers, 8 loads ahead. x is read and out written
-// once (2 * size_of(dtype) bytes an element; 3 rows of a run are read twice, out of L2), bound by memory. SiLU takes
-// two special-function operations an element, a little over half of the time that the bytes take.
+// walks down its run with the last three inputs and the taps in registers. The inputs ahead of it come in by
+// asynchronous copies through a ring in shared memory of which it uses its own column alone, so nobody waits for
+// anybody: 8 copies a thread, 64 KB an SM under way all the time. x is read and out written once (2 * size_of(dtype)
+// bytes an element; 3 rows of a run are read twice, out of L2), bound by memory. SiLU takes two special-function
+// operations an element, half of the time that the bytes take.
 //
 // Who touches a slot: the thread that owns a channel of the sequence's first token, and nobody else. It reads the old
 // state and then writes the new one, whose inputs it takes from wherever in x the sequence ends. So that no other run
@@ -14,16 +16,22 @@
 #include "cuda/common/activations.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/packed.h"
+#include "cuda/common/ptx.h"
 
 namespace kimi::cuda {
 namespace {
 
 constexpr int kThreads = 128;      // 1,024 channels in 16-bit types
-constexpr int kAhead = 8;          // tokens whose inputs a thread loads at once: 64 KB under way on an SM
+constexpr int kAhead = 8;          // tokens whose inputs are under way for a thread; a multiple of the taps
 constexpr int kResident = 4;       // blocks that an SM holds: 128 registers a thread
 constexpr int kMaxRunTokens = 32;  // so that reading 3 rows twice and the taps (64 bytes a thread) hardly count
 constexpr int kBlocksPerSm = 8;    // shorter runs only where longer ones would not give each SM this many
 constexpr int kPast = kShortConvTaps - 1;
+
+template <typename T, int Width>
+struct ShortConvShared {
+  Packed<T, Width> ring[kAhead][kThreads];
+};
 
 // How many of the sorted from[0, count) are <= bound. By a whole warp.
 __device__ __forceinline__ int64_t count_up_to(const int32_t* from, int64_t count, int64_t bound) {
@@ -39,16 +47,17 @@ __device__ __forceinline__ int64_t count_up_to(const int32_t* from, int64_t coun
   return low;
 }
 
-// One thread's channels of one sequence: tokens [first, last) of the pack, all of them in [begin, end).
+// One thread's channels.
 template <typename T, int Width>
 struct Channels {
   using Values = Packed<T, Width>;
   const ShortConvParams& p;
+  ShortConvShared<T, Width>& shared;
   int64_t channel;
   float taps[kShortConvTaps][Width];
 
-  __device__ __forceinline__ Values input(int64_t token) const {
-    return load_packed<T, Width>(static_cast<const T*>(p.x) + token * p.x_stride + channel);
+  __device__ __forceinline__ const T* input(int64_t token) const {
+    return static_cast<const T*>(p.x) + token * p.x_stride + channel;
   }
   __device__ __forceinline__ T* output(int64_t token) const {
     return static_cast<T*>(p.out) + token * p.out_stride + channel;
@@ -71,6 +80,17 @@ struct Channels {
     }
   }
 
+  // Starts to copy the input of a token to place i of the ring.
+  __device__ __forceinline__ void fetch(int64_t token, bool exists, int i) {
+    Values* to = &shared.ring[i][threadIdx.x];
+    if constexpr (Width > 1) {
+      if (exists) cp_async_16(to, input(token));
+      cp_async_commit();
+    } else {
+      if (exists) *to = load_packed<T, Width>(input(token));
+    }
+  }
+
   // The state after `tokens` tokens of the sequence; `old` is the state before it.
   __device__ __forceinline__ void write_state(int32_t slot, int64_t begin, int64_t tokens, const Values (&old)[kPast]) {
     Values rows[kPast];
@@ -78,7 +98,7 @@ struct Channels {
     for (int i = 0; i < kPast; ++i) {
       const int64_t at = tokens - kPast + i;
       if (at >= 0) {
-        rows[i] = input(begin + at);
+        rows[i] = load_packed<T, Width>(input(begin + at));
       } else {
         rows[i] = old[0];
 #pragma unroll
@@ -90,6 +110,7 @@ struct Channels {
     for (int i = 0; i < kPast; ++i) store_packed(state_row(slot, i), rows[i]);
   }
 
+  // Tokens [first, last) of the pack, all of them in sequence n, which is [begin, end).
   __device__ __forceinline__ void run(int64_t n, int64_t begin, int64_t end, int64_t first, int64_t last) {
     const int32_t slot = p.slots[n];
     if (slot < 0) {
@@ -97,11 +118,15 @@ struct Channels {
       return;
     }
 
-    // Phase 1: the three inputs before `first`; at the start of the sequence, also its new state.
+    // Phase 1: the first inputs of the run are called for.
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) fetch(first + i, first + i < last, i);
+
+    // Phase 2: the three inputs before `first`; at the start of the sequence, also its new state.
     Values past[kPast] = {};
     if (first > begin) {
 #pragma unroll
-      for (int i = 0; i < kPast; ++i) past[i] = input(first - kPast + i);
+      for (int i = 0; i < kPast; ++i) past[i] = load_packed<T, Width>(input(first - kPast + i));
     } else {
       if (!p.has_initial_state || p.has_initial_state[n]) {
 #pragma unroll
@@ -112,19 +137,18 @@ struct Channels {
       if (commit > 0) write_state(slot, begin, commit, past);
     }
 
-    // Phase 2: convolution. row[(j + t) % 4] is tap j's input of token t of a group of four.
+    // Phase 3: convolution. row[(j + i) % 4] is tap j's input of token i of a group of kAhead.
     float row[kShortConvTaps][Width];
 #pragma unroll
     for (int i = 0; i < kPast; ++i) past[i].unpack(row[i]);
-    for (int64_t t = first; t < last; t += kAhead) {
-      Values next[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (t + i < last) next[i] = input(t + i);
+    for (int64_t group = first; group < last; group += kAhead) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (t + i >= last) break;
-        next[i].unpack(row[(kPast + i) % kShortConvTaps]);
+        const int64_t t = group + i;
+        if (t >= last) break;
+        cp_async_wait<kAhead - 1>();
+        shared.ring[i][threadIdx.x].unpack(row[(kPast + i) % kShortConvTaps]);
+        fetch(t + kAhead, t + kAhead < last, i);
         float y[Width];
 #pragma unroll
         for (int c = 0; c < Width; ++c) {
@@ -133,11 +157,11 @@ struct Channels {
           for (int j = 1; j < kShortConvTaps; ++j) sum = fmaf(taps[j][c], row[(i + j) % kShortConvTaps][c], sum);
           y[c] = silu(sum);
         }
-        store_packed(output(t + i), Values::pack(y));
+        store_packed(output(t), Values::pack(y));
       }
     }
 
-    // Phase 3: snapshots that end in this run. One that names the sequence's own slot loses against its new state.
+    // Phase 4: snapshots that end in this run. One that names the sequence's own slot loses against its new state.
     for (int64_t m = (first - begin) / kSnapshotTokens; m < p.num_snapshots; ++m) {
       const int64_t tokens = (m + 1) * kSnapshotTokens;
       if (begin + tokens > last) break;
@@ -154,11 +178,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
     short_conv_kernel(ShortConvParams p, int run_tokens, int channel_blocks) {
   const int64_t run_begin = static_cast<int64_t>(blockIdx.x / channel_blocks) * run_tokens;
   const int64_t run_end = run_begin + run_tokens < p.num_tokens ? run_begin + run_tokens : p.num_tokens;
-  Channels<T, Width> channels{p,
-                              (static_cast<int64_t>(blockIdx.x % channel_blocks) * blockDim.x + threadIdx.x) * Width};
+  const int64_t vector = static_cast<int64_t>(blockIdx.x % channel_blocks) * blockDim.x + threadIdx.x;
+  Channels<T, Width> channels{p, shared_memory<ShortConvShared<T, Width>>(), vector * Width};
 
   // The sequence that the run's first token lies in, or the first one after it.
-  int64_t n = 0, begin, end;
+  int64_t n = 0;
   if (p.cu_seqlens) {
     n = count_up_to(p.cu_seqlens, p.num_sequences + 1, run_begin) - 1;
     if (n < 0) n = 0;  // tokens before the first sequence
@@ -167,16 +191,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
   if (n >= p.num_sequences || channels.channel >= p.num_channels) return;
   channels.load_taps();
-  begin = p.cu_seqlens ? p.cu_seqlens[n] : n * p.tokens_per_sequence;
+  int64_t begin = p.cu_seqlens ? p.cu_seqlens[n] : n * p.tokens_per_sequence;
   while (begin < run_end) {
-    end = p.cu_seqlens ? p.cu_seqlens[n + 1] : begin + p.tokens_per_sequence;
+    const int64_t end = p.cu_seqlens ? p.cu_seqlens[n + 1] : begin + p.tokens_per_sequence;
     const int64_t head_end = end - begin < kPast ? end : begin + kPast;  // of the tokens that stay with the first one
-    const bool starts_here = begin >= run_begin;
     int64_t first = begin, last = end < run_end ? end : run_end;
-    if (starts_here) {
-      if (last < head_end) last = head_end;
-    } else {
+    if (begin < run_begin) {
       first = head_end < run_begin ? run_begin : head_end;
+    } else if (last < head_end) {
+      last = head_end;
     }
     if (first < last) channels.run(n, begin, end, first, last);
     if (++n >= p.num_sequences) return;
@@ -196,8 +219,9 @@ void short_conv(const ShortConvParams& p, cudaStream_t stream) {
       int64_t run_tokens = p.num_tokens * channel_blocks / (kBlocksPerSm * multiprocessors());
       run_tokens = run_tokens < 1 ? 1 : run_tokens > kMaxRunTokens ? kMaxRunTokens : run_tokens;
       const int64_t blocks = ceil_div(p.num_tokens, run_tokens) * channel_blocks;
-      launch(short_conv_kernel<T, Width>, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0,
-             stream, p, static_cast<int>(run_tokens), static_cast<int>(channel_blocks));
+      launch(short_conv_kernel<T, Width>, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+             sizeof(ShortConvShared<T, Width>), stream, p, static_cast<int>(run_tokens),
+             static_cast<int>(channel_blocks));
     };
     const bool wide = aligned_to(16, p.x, p.weight, p.state, p.out) &&
                       multiples_of(kVec<T>, p.num_channels, p.x_stride, p.out_stride, p.state_slot_stride);
