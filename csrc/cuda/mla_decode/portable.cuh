@@ -136,6 +136,8 @@ class ScoreWarps {
             }
             q_[i][m][half + 2 * columns] = bits_as<uint32_t>(pair) ^ sign;
           }
+          if constexpr (!Vector)
+            __syncwarp();  // so that not all single elements are under way, in registers of their own
         }
       }
     }
@@ -328,10 +330,8 @@ class ValueWarps {
     if constexpr (Vector) {
       cp_async_16(to, from, valid);
     } else {
-      Vec<T, 8> chunk;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) chunk.x[i] = valid ? from[i] : from_float<T>(0.0f);
-      store_vec(to, chunk);
+#pragma unroll 1
+      for (int i = 0; i < 8; ++i) to[i] = valid ? from[i] : from_float<T>(0.0f);
     }
   }
   // The end of a tile for everybody: all but the newest `Newest` tiles have come.
