@@ -443,6 +443,7 @@ class ValueWarps {
   float o_[kTiles][kWarpColumns / 8][4] = {}, unit_o_[kTiles][kWarpColumns / 8][4] = {};
 };
 
+// SASS: tensor cores, 16-byte loads
 template <typename T, int kHeads, bool Vector>
 __global__ void __launch_bounds__(kThreads, 1)
     mla_decode_kernel(MlaDecodeParams p, Workspace workspace, DecodeOptions options) {
