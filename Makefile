@@ -89,8 +89,11 @@ gpu-build: $(SETUP)
 gpu-check: $(SETUP)  ## on a GPU: all tests on both kinds of kernels, and compute-sanitizer
 	$(PY) scripts/gpu_check.py $(GPU_ARGS)
 
-gpu-bench: gpu-build  ## on a GPU: the benchmarks of the operators
-	KIMI_NATIVE_LIB_DIR=$(CURDIR)/build-gpu/lib $(PY) bench/run.py --device cuda $(BENCH_ARGS)
+gpu-bench: export KIMI_NATIVE_LIB_DIR = $(CURDIR)/build-gpu/lib
+gpu-bench: gpu-build  ## on a GPU: operators and the full-size model against the ceilings and the peers; writes bench/results and docs/benchmarks.md
+	$(PY) bench/run.py --device cuda --json $(BENCH_ARGS)
+	$(PY) bench/bench_model_gpu.py --json --long
+	$(PY) scripts/bench_report.py
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 lint: build $(DEV_SETUP)  ## formats and types: clang-format, ruff, mypy

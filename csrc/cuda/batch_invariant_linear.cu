@@ -73,16 +73,16 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1)
   const DenseShape& p = dense.shape;
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   auto* rings = &shared_memory<WarpRing<kTiles, kStages>>();
-  Chunk* rows = reinterpret_cast<Chunk*>(rings + warps);
-  const int64_t row_chunks = stream_row_chunks(p.k), group = blockIdx.x / blocks_per_group;
+  auto* rows = reinterpret_cast<unsigned char*>(rings + warps);
+  const int64_t row_bytes = stream_row_bytes(p.k), group = blockIdx.x / blocks_per_group;
   for (int i = 0; i <= p.num_tokens; ++i) {
     const T* from = i < p.num_tokens ? dense.x + i * p.x_token_stride + group * p.x_group_stride : nullptr;
-    stream_copy_row<T, kAligned>(rows, row_chunks, i, from, p.k, threadIdx.x, blockDim.x);
+    stream_copy_row<T, kAligned>(rows, row_bytes, i, from, p.k, threadIdx.x, blockDim.x);
   }
   cp_async_commit();
   const LinearStream<T, kTiles> problem{dense, group, rows_of_item};
   Stream<T, kTiles, kStages, kAligned, LinearStream<T, kTiles>> stream(
-      problem, rings[warp], rows, row_chunks, blockIdx.x % blocks_per_group * warps + warp, blocks_per_group * warps);
+      problem, rings[warp], rows, row_bytes, blockIdx.x % blocks_per_group * warps + warp, blocks_per_group * warps);
   stream.start();
   stream.wait_for_rows();
   __syncthreads();
@@ -98,7 +98,7 @@ bool launch_stream(const Dense<T>& dense, cudaStream_t stream) {
     const int64_t warps = round_up<int64_t>(ceil_div(p.num_rows, rows_of_item), multiprocessors());
     rows_of_item = round_up<int64_t>(ceil_div(p.num_rows, warps), 2 * kTiles);  // a lane's results in one access
   }
-  const size_t rows = static_cast<size_t>((p.num_tokens + 1) * stream_row_chunks(p.k)) * sizeof(Chunk);
+  const size_t rows = static_cast<size_t>((p.num_tokens + 1) * stream_row_bytes(p.k));
   const size_t ring = sizeof(WarpRing<kTiles, kStages>);
   const StreamGrid grid = stream_grid(p.num_groups, ceil_div(p.num_rows, rows_of_item), ring, rows);
   if (grid.blocks == 0) return false;

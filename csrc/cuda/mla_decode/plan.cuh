@@ -71,14 +71,17 @@ __device__ __forceinline__ int length_of(const MlaDecodeParams& p, int64_t seq) 
   return static_cast<int>(length < 0 ? 0 : length < most ? length : most);
 }
 
+// Of a partial result: the maximum in log2 units, the sum of p and that of p as it was multiplied with the values.
+struct alignas(16) PartialSums {
+  float max, sum, rounded_sum, zero;
+};
+
 // The partial result of unit u is slot first_unit[n] + u, for the released dims; n * generic_units() + u in the generic
-// kernel. max is in log2 units; sum is that of p, rounded_sum that of p as it was multiplied with the values.
+// kernel.
 struct Workspace {
   int32_t* by_split;    // [1]  whether units are splits
   int32_t* first_unit;  // [num_seqs + 1]
-  float* max;           // [slots, num_heads]
-  float* sum;           // [slots, num_heads]
-  float* rounded_sum;   // [slots, num_heads]
+  PartialSums* sums;    // [slots, num_heads]
   float* o;             // [slots, num_heads, latent_dim]
   int64_t bytes;
 };
@@ -109,9 +112,7 @@ inline Workspace workspace_of(const MlaDecodeParams& p) {
   };
   take(w.by_split, 1);
   take(w.first_unit, p.num_seqs + 1);
-  take(w.max, slots * p.num_heads);
-  take(w.sum, slots * p.num_heads);
-  take(w.rounded_sum, slots * p.num_heads);
+  take(w.sums, slots * p.num_heads);
   take(w.o, slots * p.num_heads * p.latent_dim);
   return w;
 }

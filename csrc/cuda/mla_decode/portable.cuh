@@ -438,9 +438,7 @@ class DecodeBlock {
     if (first_head_ + head >= p_.num_heads) return;
     const int64_t at = (step.whole ? step.seq : step.slot) * p_.num_heads + first_head_ + head;
     if (!step.whole) {
-      w_.max[at] = factors.max;
-      w_.sum[at] = unit_sum;
-      w_.rounded_sum[at] = unit_rounded_sum;
+      w_.sums[at] = {factors.max, unit_sum, unit_rounded_sum, 0.0f};
     } else if (p_.lse) {
       p_.lse[at] = natural_lse(factors.max, unit_sum);
     }

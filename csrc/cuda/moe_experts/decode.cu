@@ -13,7 +13,7 @@ namespace kimi::cuda::experts {
 namespace {
 
 constexpr int kUpStages = 3;    // 12 KB a warp, 144 KB with all 12 warps
-constexpr int kDownStages = 6;  // 12 KB a warp, 108 KB with 8 slots and the shared expert
+constexpr int kDownStages = 3;  // 12 KB a warp, 108 KB with 8 slots and the shared expert
 constexpr int kWords = static_cast<int>(kDecodeSlots / 32);
 
 // The n-th (from 0) set bit of the words, -1 if there are fewer.
@@ -111,14 +111,14 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) decode_up(const __grid
   const MoeExpertsParams& p = problem.p;
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   auto* rings = &shared_memory<WarpRing<2, kUpStages>>();
-  Chunk* rows = reinterpret_cast<Chunk*>(rings + warps);
-  const int64_t row_chunks = stream_row_chunks(p.dim);
+  auto* rows = reinterpret_cast<unsigned char*>(rings + warps);
+  const int64_t row_bytes = stream_row_bytes(p.dim);
   for (int i = 0; i <= p.num_tokens; ++i) {
     const T* from = i < p.num_tokens ? static_cast<const T*>(p.x) + i * p.x_stride : nullptr;
-    stream_copy_row<T, true>(rows, row_chunks, i, from, p.dim, threadIdx.x, blockDim.x);
+    stream_copy_row<T, true>(rows, row_bytes, i, from, p.dim, threadIdx.x, blockDim.x);
   }
   cp_async_commit();
-  Stream<T, 2, kUpStages, true, DecodeUp<T>> stream(problem, rings[warp], rows, row_chunks,
+  Stream<T, 2, kUpStages, true, DecodeUp<T>> stream(problem, rings[warp], rows, row_bytes,
                                                     blockIdx.x * static_cast<int64_t>(warps) + warp,
                                                     gridDim.x * static_cast<int64_t>(warps));
   stream.start();
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) decode_up(const __grid
   stream.run();
 }
 
-// Item j of a warp's slot (or of the shared expert): the columns 8 j ... 8 j + 7 of the block's.
+// Items of a warp's slot (or of the shared expert): up to 16 of the block's columns.
 template <typename T>
 struct DecodeDown {
   static constexpr bool kGated = false;
@@ -142,26 +142,28 @@ struct DecodeDown {
 
   const T* w2;  // [columns, inner] of the slot's expert; null if the slot is skipped
   int64_t inner;
-  int columns, x_row, zero_row;
+  int columns, columns_of_item, x_row, zero_row;
   float* y;  // [columns] of the slot
 
-  __device__ int64_t num_items() const { return w2 != nullptr ? ceil_div(columns, 8) : 0; }
+  __device__ int64_t num_items() const { return w2 != nullptr ? ceil_div(columns, columns_of_item) : 0; }
 
   __device__ bool open(int64_t index, Item& item) const {
-    item.column = static_cast<int>(index) * 8;
+    item.column = static_cast<int>(index) * columns_of_item;
     item.k = item.w_stride = inner;
     item.w[0] = w2 + item.column * inner;
-    item.rows[0] = min(columns - item.column, 8);
+    item.w[1] = item.w[0] + 8 * inner;
+    item.rows[0] = min(columns - item.column, columns_of_item);
+    item.rows[1] = item.rows[0] - 8;
     item.x_row = threadIdx.x % 16 == 0 ? x_row : zero_row;
     return true;
   }
 
-  __device__ void store(const Item& item, const float (&acc)[1][4]) const {
+  __device__ void store(const Item& item, const float (&acc)[2][4]) const {
     const int t = threadIdx.x % kWarp;
     if (t >= 4) return;  // the token is row 0
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      if (2 * t + c < item.rows[0]) y[item.column + 2 * t + c] = acc[0][c];
+    for (int c = 0; c < 4; ++c) {
+      if (4 * t + c < item.rows[0]) y[item.column + 4 * t + c] = acc[c / 2][c % 2];
     }
   }
 };
@@ -169,7 +171,8 @@ struct DecodeDown {
 struct DownGrid {
   int64_t warps;                      // of a block: a slot each, and the shared expert
   int64_t blocks_per_token, columns;  // of a block
-  int64_t row_chunks;                 // of a row of activations in shared memory
+  int64_t columns_of_item;
+  int64_t row_bytes;                 // of a row of activations in shared memory
   size_t shared_bytes;
 
   // One block to a multiprocessor.
@@ -177,10 +180,11 @@ struct DownGrid {
     warps = p.top_k + (p.shared_inner > 0);
     const int64_t share = multiprocessors() / p.num_tokens;
     columns = ceil_div<int64_t>(p.dim, share < 1 ? 1 : share);
+    columns_of_item = ceil_div(columns, ceil_div<int64_t>(columns, 16));
     blocks_per_token = ceil_div(p.dim, columns);
-    row_chunks = stream_row_chunks(p.inner > p.shared_inner ? p.inner : p.shared_inner);
-    shared_bytes = static_cast<size_t>(warps) * sizeof(WarpRing<1, kDownStages>) +
-                   static_cast<size_t>((warps + 1) * row_chunks) * sizeof(Chunk) +
+    row_bytes = stream_row_bytes(p.inner > p.shared_inner ? p.inner : p.shared_inner);
+    shared_bytes = static_cast<size_t>(warps) * sizeof(WarpRing<2, kDownStages>) +
+                   static_cast<size_t>((warps + 1) * row_bytes) +
                    static_cast<size_t>(warps * columns) * sizeof(float);
   }
 };
@@ -191,11 +195,11 @@ template <typename T>
 __global__ void __launch_bounds__(kDecodeWarps* kWarp)
     decode_down(const __grid_constant__ MoeExpertsParams p, const __grid_constant__ Workspace w,
                 const __grid_constant__ DownGrid grid) {
-  using Ring = WarpRing<1, kDownStages>;
+  using Ring = WarpRing<2, kDownStages>;
   const int warp = threadIdx.x / kWarp, warps = static_cast<int>(grid.warps);
   auto* rings = &shared_memory<Ring>();
-  Chunk* rows = reinterpret_cast<Chunk*>(rings + warps);
-  float* y = reinterpret_cast<float*>(rows + (warps + 1) * grid.row_chunks);
+  auto* rows = reinterpret_cast<unsigned char*>(rings + warps);
+  float* y = reinterpret_cast<float*>(rows + (warps + 1) * grid.row_bytes);
 
   // Phase 1: y of every slot. Blocks of the same columns, whose tokens may share an expert, are neighbours.
   const int64_t token = blockIdx.x % p.num_tokens, first = blockIdx.x / p.num_tokens * grid.columns;
@@ -208,11 +212,17 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
   const T* w2 = is_shared ? static_cast<const T*>(p.shared_w2) : static_cast<const T*>(p.w2) + expert * p.dim * inner;
   const T* act = is_shared ? static_cast<const T*>(w.shared_act) + token * w.shared_act_stride
                            : static_cast<const T*>(w.act) + slot * w.act_stride;
-  stream_copy_row<T, true>(rows, grid.row_chunks, warp, exists ? act : nullptr, inner, threadIdx.x % kWarp, kWarp);
-  stream_copy_row<T, true>(rows, grid.row_chunks, warps, static_cast<const T*>(nullptr), 0, threadIdx.x, blockDim.x);
+  stream_copy_row<T, true>(rows, grid.row_bytes, warp, exists ? act : nullptr, inner, threadIdx.x % kWarp, kWarp);
+  stream_copy_row<T, true>(rows, grid.row_bytes, warps, static_cast<const T*>(nullptr), 0, threadIdx.x, blockDim.x);
   cp_async_commit();
-  const DecodeDown<T> problem{exists ? w2 + first * inner : nullptr, inner, columns, warp, warps, y + warp * columns};
-  Stream<T, 1, kDownStages, true, DecodeDown<T>> stream(problem, rings[warp], rows, grid.row_chunks, 0, 1);
+  const DecodeDown<T> problem{exists ? w2 + first * inner : nullptr,
+                                 inner,
+                                 columns,
+                                 static_cast<int>(grid.columns_of_item),
+                                 warp,
+                                 warps,
+                                 y + warp * columns};
+  Stream<T, 2, kDownStages, true, DecodeDown<T>> stream(problem, rings[warp], rows, grid.row_bytes, 0, 1);
   stream.start();
   stream.wait_for_rows();
   __syncthreads();
@@ -233,7 +243,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
 
 StreamGrid up_grid(const MoeExpertsParams& p, size_t& shared_bytes) {
   const int64_t items = ceil_div<int64_t>(p.shared_inner, 8) + p.num_tokens * p.top_k * ceil_div<int64_t>(p.inner, 8);
-  const size_t rows = static_cast<size_t>((p.num_tokens + 1) * stream_row_chunks(p.dim)) * sizeof(Chunk);
+  const size_t rows = static_cast<size_t>((p.num_tokens + 1) * stream_row_bytes(p.dim));
   const size_t ring = sizeof(WarpRing<2, kUpStages>);
   const StreamGrid grid = stream_grid(1, items, ring, rows);
   shared_bytes = rows + static_cast<size_t>(grid.warps) * ring;
