@@ -341,7 +341,8 @@ extern "C" __attribute__((visibility("default"))) int kimi_emulator_launches(uin
   for (const void* kernel : kimi::emulator::launched) {
     Dl_info library;
     if (count < capacity && dladdr(kernel, &library) != 0)
-      offsets[count++] = static_cast<uint64_t>(static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase));
+      offsets[count++] =
+          static_cast<uint64_t>(static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase));
   }
   kimi::emulator::launched.clear();
   return count;
