@@ -65,8 +65,9 @@ DEMO := build/demo-model
 demo: build  ## a small random checkpoint, and text generated from it
 	$(PY) -m kimi_native demo --dir $(DEMO)
 
-bench: build  ## the benchmarks of the operators and of the model
-	@for file in bench/bench_*.py; do $(PY) $$file $(BENCH_ARGS) || exit 1; done
+bench: build  ## the benchmarks of the operators and of the model on the CPU
+	$(PY) bench/run.py --device cpu $(BENCH_ARGS)
+	$(PY) bench/bench_model.py $(BENCH_ARGS)
 
 # The CUDA kernels in the emulator (tests/emulator): the tests of every operator that has some.
 CUDA_OPS = $(patsubst csrc/cuda/%,%,$(basename $(wildcard csrc/cuda/*.cu)) $(patsubst %/,%,$(filter-out csrc/cuda/common/,$(sort $(dir $(wildcard csrc/cuda/*/*.cu))))))
