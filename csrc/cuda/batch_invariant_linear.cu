@@ -13,13 +13,10 @@
 namespace kimi::cuda {
 namespace {
 
-constexpr int kManyStages = 4;  // stages of a ring of 16 rows: 16 KB
-constexpr int kFewStages = 12;  // of 8 rows: 24 KB, as then only one or two warps share a multiprocessor
+constexpr int kManyStages = 3;  // stages of a ring of 16 rows: 12 KB a warp, 144 KB with all 12 warps
+constexpr int kFewStages = 12;  // of 8 rows: 24 KB, for the few warps that share a multiprocessor then
 
-using LargeTile = TileShape<128, 128, 64, 64, 3, 2>;  // 96 KB: two blocks
-using SmallTile = TileShape<64, 64, 32, 32, 4, 3>;    // 64 KB: three blocks
-
-// For `stream`, with up to 16 tokens: an item is kTiles x 8 weight rows.
+// For `Stream`: up to kTiles x 8 weight rows of one group, and up to 16 tokens.
 template <typename T, int kTiles>
 struct LinearStream {
   static constexpr bool kGated = false;
@@ -28,30 +25,28 @@ struct LinearStream {
     const T* w[2];
     int rows[2];
     int64_t w_stride, k;
-    const T *x_lo, *x_hi;
-    int64_t group, row;
+    int x_row;
+    int64_t row;
   };
 
-  Dense<T> dense;
+  const Dense<T>& dense;
+  int64_t group;
+  int rows_of_item;
 
-  __host__ __device__ int64_t items_of_group() const { return ceil_div<int64_t>(dense.shape.num_rows, 8 * kTiles); }
-  __host__ __device__ int64_t num_items() const { return dense.shape.num_groups * items_of_group(); }
+  __device__ int64_t num_items() const { return ceil_div<int64_t>(dense.shape.num_rows, rows_of_item); }
 
   __device__ bool open(int64_t index, Item& item) const {
     const DenseShape& p = dense.shape;
-    item.group = index / items_of_group();
-    item.row = (index - item.group * items_of_group()) * 8 * kTiles;
+    item.row = index * rows_of_item;
+    const int rows = static_cast<int>(min(p.num_rows - item.row, int64_t{rows_of_item}));
     item.w_stride = p.w_row_stride;
     item.k = p.k;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      item.w[j] = dense.weights(item.group, item.row + 8 * j);
-      item.rows[j] = static_cast<int>(min(p.num_rows - item.row - 8 * j, int64_t{8}));
+      item.w[j] = dense.weights(group, item.row + 8 * j);
+      item.rows[j] = rows - 8 * j;
     }
-    const int64_t g = threadIdx.x % kWarp / 4;
-    const T* x = dense.x + item.group * p.x_group_stride;
-    item.x_lo = g < p.num_tokens ? x + g * p.x_token_stride : nullptr;
-    item.x_hi = g + 8 < p.num_tokens ? x + (g + 8) * p.x_token_stride : nullptr;
+    item.x_row = min(static_cast<int>(threadIdx.x % 16), static_cast<int>(p.num_tokens));
     return true;
   }
 
@@ -62,31 +57,55 @@ struct LinearStream {
       float v[2 * kTiles];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) v[2 * j] = acc[j][2 * h], v[2 * j + 1] = acc[j][2 * h + 1];
-      const int64_t row = item.row + t * 2 * kTiles;
-      if (g + 8 * h < dense.shape.num_tokens && row < dense.shape.num_rows) {
-        dense.store_at(item.group, g + 8 * h, row, v);
+      const int row = t * 2 * kTiles;
+      if (g + 8 * h < dense.shape.num_tokens && row < item.rows[0]) {
+        dense.store_at(group, g + 8 * h, item.row + row, v, item.rows[0] - row);
       }
     }
   }
 };
 
+// Shared memory: the warps' rings, then the tokens' rows and one of zeros.
 // SASS: tensor cores, 16-byte loads
 template <typename T, int kTiles, int kStages, bool kAligned>
-__global__ void __launch_bounds__(kStreamWarps* kWarp, kStreamWarpsPerSm / kStreamWarps)
-    linear_stream(const __grid_constant__ LinearStream<T, kTiles> problem) {
+__global__ void __launch_bounds__(kStreamWarps* kWarp, 1)
+    linear_stream(const __grid_constant__ Dense<T> dense, int64_t blocks_per_group, int rows_of_item) {
+  const DenseShape& p = dense.shape;
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   auto* rings = &shared_memory<WarpRing<kTiles, kStages>>();
-  Stream<T, kTiles, kStages, kAligned, LinearStream<T, kTiles>>(
-      problem, rings[warp], blockIdx.x * static_cast<int64_t>(warps) + warp, gridDim.x * static_cast<int64_t>(warps))
-      .run();
+  auto* rows = reinterpret_cast<unsigned char*>(rings + warps);
+  const int64_t row_bytes = stream_row_bytes(p.k), group = blockIdx.x / blocks_per_group;
+  for (int i = 0; i <= p.num_tokens; ++i) {
+    const T* from = i < p.num_tokens ? dense.x + i * p.x_token_stride + group * p.x_group_stride : nullptr;
+    stream_copy_row<T, kAligned>(rows, row_bytes, i, from, p.k, threadIdx.x, blockDim.x);
+  }
+  cp_async_commit();
+  const LinearStream<T, kTiles> problem{dense, group, rows_of_item};
+  Stream<T, kTiles, kStages, kAligned, LinearStream<T, kTiles>> stream(
+      problem, rings[warp], rows, row_bytes, blockIdx.x % blocks_per_group * warps + warp, blocks_per_group * warps);
+  stream.start();
+  stream.wait_for_rows();
+  __syncthreads();
+  stream.run();
 }
 
+// False if the tokens' rows are too long for shared memory.
 template <typename T, int kTiles, int kStages, bool kAligned>
-void launch_stream(const Dense<T>& dense, cudaStream_t stream) {
-  const LinearStream<T, kTiles> problem{dense};
-  const StreamGrid grid = stream_grid(problem.num_items());
-  launch(linear_stream<T, kTiles, kStages, kAligned>, dim3(grid.blocks), dim3(grid.warps * kWarp),
-         grid.warps * sizeof(WarpRing<kTiles, kStages>), stream, problem);
+bool launch_stream(const Dense<T>& dense, cudaStream_t stream) {
+  const DenseShape& p = dense.shape;
+  int64_t rows_of_item = 8 * kTiles;
+  if (p.num_groups == 1) {  // fewer, if that gives every multiprocessor as many
+    const int64_t warps = round_up<int64_t>(ceil_div(p.num_rows, rows_of_item), multiprocessors());
+    rows_of_item = round_up<int64_t>(ceil_div(p.num_rows, warps), 2 * kTiles);  // a lane's results in one access
+  }
+  const size_t rows = static_cast<size_t>((p.num_tokens + 1) * stream_row_bytes(p.k));
+  const size_t ring = sizeof(WarpRing<kTiles, kStages>);
+  const StreamGrid grid = stream_grid(p.num_groups, ceil_div(p.num_rows, rows_of_item), ring, rows);
+  if (grid.blocks == 0) return false;
+  launch(linear_stream<T, kTiles, kStages, kAligned>, dim3(static_cast<unsigned>(grid.blocks * p.num_groups)),
+         dim3(static_cast<unsigned>(grid.warps * kWarp)), grid.warps * ring + rows, stream, dense, grid.blocks,
+         static_cast<int>(rows_of_item));
+  return true;
 }
 
 DenseShape shape_of(const BatchInvariantLinearParams& p) {
@@ -104,23 +123,17 @@ DenseShape shape_of(const BatchInvariantLinearParams& p) {
 template <typename T>
 void linear_half(const DenseShape& shape, cudaStream_t stream) {
   const Dense<T> dense(shape);
-  const bool aligned = shape.aligned();
   if (shape.num_tokens <= kStreamTokens) {
-    const int64_t items = shape.num_groups * ceil_div<int64_t>(shape.num_rows, 16);
-    if (!aligned) {
-      launch_stream<T, 2, kManyStages, false>(dense, stream);
-    } else if (items < 2 * multiprocessors()) {
-      launch_stream<T, 1, kFewStages, true>(dense, stream);
+    const bool few = shape.num_groups * ceil_div<int64_t>(shape.num_rows, 16) < 4 * multiprocessors();
+    if (!shape.aligned()) {
+      if (launch_stream<T, 1, kManyStages, false>(dense, stream)) return;
+    } else if (few) {
+      if (launch_stream<T, 1, kFewStages, true>(dense, stream)) return;
     } else {
-      launch_stream<T, 2, kManyStages, true>(dense, stream);
+      if (launch_stream<T, 2, kManyStages, true>(dense, stream)) return;
     }
-  } else if (!aligned || !shape.small_offsets()) {
-    launch_tile_gemm<T, SmallTile, false>(dense, stream);
-  } else if (dense.template num_tiles<LargeTile::kTokens, LargeTile::kRows>() < multiprocessors()) {
-    launch_tile_gemm<T, SmallTile, true>(dense, stream);
-  } else {
-    launch_tile_gemm<T, LargeTile, true>(dense, stream);
   }
+  launch_dense_tiles(dense, stream);
 }
 
 }  // namespace

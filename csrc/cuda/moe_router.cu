@@ -3,24 +3,23 @@
 // Logits, 16-bit types: num_experts * dim weights, 1.2 MB at 256 x 2304, and 2 * num_experts * dim operations a token.
 // Selection flips on small errors, and tensor cores round sums towards zero; so the sum over dim is cut into about
 // kSegments segments, each accumulated from zero in the order of cuda/common/gemm.cuh, which are then added in order.
-//   few tokens (bound by one round trip to memory): a block has 8 experts and 16 tokens, one warp a segment. A warp has
-//   all its weights under way at once, straight into registers. 32 blocks at 256 experts.
+//   few tokens (bound by one round trip to memory): a block has 8 experts and 16 tokens, one warp a segment, all of
+//   which is under way at once. 32 blocks at 256 experts.
 //   more: `tile_gemm` with the same segments, bound by the tensor cores.
 // fp32: `ffma_gemm`. Choice: a warp per token, which takes the best expert top_k times.
 #include "kimi/moe_router.h"
 
 #include "cuda/common/dense.cuh"
+#include "cuda/common/reduce.h"
 
 namespace kimi::cuda {
 namespace {
 
-constexpr int kSegments = 9;        // 9 x 256 = 2304 columns, and a warp each
-constexpr int kFewTokens = 64;      // above, blocks of 16 tokens would read the weights more often than tiles do
-constexpr int kBlocksInFlight = 8;  // of 32 columns whose weights a warp has under way: a segment of 256
-constexpr int kChoiceWarps = 4;     // tokens of a block
-
-using LargeTile = TileShape<128, 128, 64, 32, 3, 1>;  // 8 warps, whose two sets of accumulators take 128 registers
-using SmallTile = TileShape<64, 64, 32, 32, 4, 2>;
+constexpr int kSegments = 9;      // 9 x 256 = 2304 columns, and a warp each
+constexpr int kFewTokens = 64;    // above, blocks of 16 tokens would read the weights more often than tiles do
+constexpr int kFewColumns = 256;  // that a warp has in shared memory at once: a segment of the released model
+constexpr int kFewChunks = kFewColumns / kChunk;
+constexpr int kChoiceWarps = 4;  // tokens of a block
 
 struct RouterWorkspace {
   float* logits;  // [num_tokens, num_experts], unless they are given
@@ -32,6 +31,9 @@ struct RouterWorkspace {
 };
 
 struct FewShared {
+  struct {
+    Chunk x[16 * kFewChunks], w[8 * kFewChunks];
+  } rows[kSegments];
   float partial[kSegments][16][8];  // segment, token, expert
 };
 
@@ -41,39 +43,50 @@ __global__ void __launch_bounds__(kSegments* kWarp) few_logits(const __grid_cons
   auto& shared = shared_memory<FewShared>();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   const int64_t expert = blockIdx.x * int64_t{8}, token = blockIdx.y * int64_t{16};
+  const int experts = static_cast<int>(min(p.num_rows - expert, int64_t{8}));
+  const int tokens = static_cast<int>(min(p.num_tokens - token, int64_t{16}));
+  const T* x = static_cast<const T*>(p.x) + token * p.x_token_stride;
+  const T* w = static_cast<const T*>(p.w) + expert * p.w_row_stride;
+  auto& rows = shared.rows[warp];
 
-  // Phase 1: a segment. The rows of this lane: expert g, tokens g and g + 8.
-  const auto row = [&](const void* base, int64_t index, int64_t count, int64_t stride) {
-    return index < count ? static_cast<const T*>(base) + index * stride : nullptr;
-  };
-  const T* w = row(p.w, expert + g, p.num_rows, p.w_row_stride);
-  const T* lo = row(p.x, token + g, p.num_tokens, p.x_token_stride);
-  const T* hi = row(p.x, token + g + 8, p.num_tokens, p.x_token_stride);
+  // Phase 1: a segment. A lane copies one chunk of each row.
   const int64_t begin = warp * static_cast<int64_t>(p.segment);
-  const int64_t end = min(begin + p.segment, round_up<int64_t>(p.k, kTileK));  // as many blocks as tile_gemm takes
-  float acc[1][4] = {};
-  for (int64_t k = begin; k < end; k += 32 * kBlocksInFlight) {
-    Chunk weights[kBlocksInFlight];
+  const int64_t end = min(begin + p.segment, round_up<int64_t>(p.k, kTileK));  // as many columns as tile_gemm takes
+  float acc[4] = {};
+  for (int64_t k = begin; k < end; k += kFewColumns) {
+    const int columns = static_cast<int>(min(end - k, int64_t{kFewColumns}));
 #pragma unroll
-    for (int b = 0; b < kBlocksInFlight; ++b) {
-      weights[b] = load_chunk<T, kAligned>(w, k + 32 * b + 8 * t, min(p.k, end));
+    for (int i = 0; i < 8; ++i) {
+      copy_chunk<T, kAligned>(&rows.w[i * kFewChunks + (lane ^ i)], w + i * p.w_row_stride, k + lane * kChunk, p.k,
+                              i < experts);
     }
 #pragma unroll
-    for (int b = 0; b < kBlocksInFlight; ++b) {
-      if (k + 32 * b >= end) break;
-      const Chunk x_lo = load_chunk<T, kAligned>(lo, k + 32 * b + 8 * t, p.k);
-      const Chunk x_hi = load_chunk<T, kAligned>(hi, k + 32 * b + 8 * t, p.k);
-      mma_half<T, 0>(acc[0], x_lo, x_hi, weights[b]);
-      mma_half<T, 1>(acc[0], x_lo, x_hi, weights[b]);
+    for (int i = 0; i < 16; ++i) {
+      copy_chunk<T, kAligned>(&rows.x[i * kFewChunks + (lane ^ (i % 8))], x + i * p.x_token_stride, k + lane * kChunk,
+                              p.k, i < tokens);
     }
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncwarp();
+    for (int step = 0; step < columns / 16; step += 2) {  // 32 columns of the weights at a time
+      uint32_t b[4], a[4];
+      ldmatrix_x4(b, &rows.w[lane % 8 * kFewChunks + ((2 * step + lane / 8) ^ (lane % 8))]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        ldmatrix_x4(a, &rows.x[lane % 16 * kFewChunks + ((2 * (step + i) + lane / 16) ^ (lane % 8))]);
+        const uint32_t half[2] = {b[2 * i], b[2 * i + 1]};
+        mma_m16n8k16<T>(acc, a, half);
+      }
+    }
+    __syncwarp();
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) shared.partial[warp][g + i / 2 * 8][2 * t + i % 2] = acc[0][i];
+  for (int i = 0; i < 4; ++i) shared.partial[warp][g + i / 2 * 8][2 * t + i % 2] = acc[i];
   __syncthreads();
 
   // Phase 2: the sum of the segments, in order.
   const int i = threadIdx.x / 8, j = threadIdx.x % 8;
-  if (i < 16 && token + i < p.num_tokens && expert + j < p.num_rows) {
+  if (i < tokens && j < experts) {
     float sum = 0.0f;
 #pragma unroll
     for (int s = 0; s < kSegments; ++s) sum += shared.partial[s][i][j];
@@ -88,45 +101,60 @@ __device__ __forceinline__ uint32_t order_key(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;     // -infinity is 0x007fffff
 }
 
-__device__ __forceinline__ uint32_t warp_max_key(uint32_t key) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) key = max(key, __shfl_xor_sync(0xffffffffu, key, offset));
-  return key;
-}
-
-// Lane l has experts kPerLane * l ... + kPerLane - 1, so that of equal keys the lowest lane has the lowest id.
+// Lane l has experts kPerLane * l ... + kPerLane - 1, so that of equal keys the lowest lane has the lowest id. `wide`:
+// logits and bias can be read four at a time.
+// SASS: 16-byte loads
 template <int kPerLane>
 __global__ void __launch_bounds__(kChoiceWarps* kWarp)
-    choose_experts(const __grid_constant__ MoeRouterParams p, const float* logits, int64_t stride) {
+    choose_experts(const __grid_constant__ MoeRouterParams p, const float* logits, int64_t stride, bool wide) {
   const int lane = threadIdx.x % kWarp;
   const int64_t token = blockIdx.x * static_cast<int64_t>(kChoiceWarps) + threadIdx.x / kWarp;
   if (token >= p.num_tokens) return;
-  float score[kPerLane];
+
+  // Phase 1: scores and keys.
+  float score[kPerLane], bias[kPerLane];
+  const auto read = [&](const float* from, float (&to)[kPerLane]) {
+#pragma unroll
+    for (int j = 0; j < kPerLane; j += 4) {
+      const int e = lane * kPerLane + j;
+      if (wide && e + 4 <= p.num_experts) {
+        const Vec<float, 4> v = load_vec<float, 4>(from + e);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[j + i] = v.x[i];
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[j + i] = e + i < p.num_experts ? from[e + i] : 0.0f;
+      }
+    }
+  };
+  read(logits + token * stride, score);
+  read(p.bias, bias);
   uint32_t key[kPerLane];
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
-    const int e = lane * kPerLane + j;
-    const bool exists = e < p.num_experts;
-    score[j] = exists ? 1.0f / (1.0f + expf(-logits[token * stride + e])) : 0.0f;
-    key[j] = exists ? order_key(score[j] + p.bias[e]) : 0;
+    score[j] = rcp_approx(1.0f + expf(-score[j]));
+    key[j] = lane * kPerLane + j < p.num_experts ? order_key(score[j] + bias[j]) : 0;
   }
-  int32_t my_id = 0;  // lane s keeps slot s
+
+  // Phase 2: the best expert, top_k times. Lane s keeps slot s.
+  int32_t my_id = 0;
   float my_score = 0.0f, sum = 0.0f;
   for (int s = 0; s < p.top_k; ++s) {
     uint32_t best = 0;
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) best = max(best, key[j]);
-    const uint32_t top = warp_max_key(best);
-    const int winner = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, best == top))) - 1;
-    int id = 0;
-    float chosen = 0.0f;
-    bool found = lane != winner;
+    int at = 0;
+    float best_score = 0.0f;
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
-      if (!found && key[j] == top) found = true, id = lane * kPerLane + j, chosen = score[j], key[j] = 0;
+      if (key[j] > best) best = key[j], at = j, best_score = score[j];  // of equal ones the first
     }
-    id = __shfl_sync(0xffffffffu, id, winner);
-    chosen = __shfl_sync(0xffffffffu, chosen, winner);
+    const uint32_t top = warp_max(best);
+    const int winner = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, best == top))) - 1;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      if (lane == winner && j == at) key[j] = 0;
+    }
+    const int id = winner * kPerLane + __shfl_sync(0xffffffffu, at, winner);
+    const float chosen = __shfl_sync(0xffffffffu, best_score, winner);
     sum += chosen;
     if (lane == s) my_id = id, my_score = chosen;
   }
@@ -149,20 +177,11 @@ DenseShape logits_shape(const MoeRouterParams& p, float* logits) {
 
 template <typename T>
 void half_logits(const DenseShape& shape, cudaStream_t stream) {
-  const Dense<T, true> dense(shape);
-  const bool aligned = shape.aligned() && shape.small_offsets();
-  if (shape.num_tokens <= kFewTokens) {
-    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(shape.num_rows, 8)),
-                    static_cast<unsigned>(ceil_div<int64_t>(shape.num_tokens, 16)));
-    launch(aligned ? few_logits<T, true> : few_logits<T, false>, grid, dim3(kSegments * kWarp), sizeof(FewShared),
-           stream, shape);
-  } else if (!aligned) {
-    launch_tile_gemm<T, SmallTile, false>(dense, stream);
-  } else if (dense.template num_tiles<LargeTile::kTokens, LargeTile::kRows>() < multiprocessors()) {
-    launch_tile_gemm<T, SmallTile, true>(dense, stream);
-  } else {
-    launch_tile_gemm<T, LargeTile, true>(dense, stream);
-  }
+  if (shape.num_tokens > kFewTokens) return launch_dense_tiles(Dense<T, true>(shape), stream);
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(shape.num_rows, 8)),
+                  static_cast<unsigned>(ceil_div<int64_t>(shape.num_tokens, 16)));
+  launch(shape.aligned() ? few_logits<T, true> : few_logits<T, false>, grid, dim3(kSegments * kWarp), sizeof(FewShared),
+         stream, shape);
 }
 
 }  // namespace
@@ -187,8 +206,9 @@ void moe_router(const MoeRouterParams& p, cudaStream_t stream) {
     stride = p.num_experts;
   }
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.num_tokens, kChoiceWarps)));
+  const bool wide = aligned_to(16, logits, p.bias) && multiples_of(4, stride);
   launch(p.num_experts <= 8 * kWarp ? choose_experts<8> : choose_experts<16>, grid, dim3(kChoiceWarps * kWarp), 0,
-         stream, p, logits, stride);
+         stream, p, logits, stride, wide);
 }
 
 }  // namespace kimi::cuda

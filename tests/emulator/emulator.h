@@ -52,6 +52,9 @@ extern Thread* current;
 // Runs body() once per thread of the grid.
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
+// Remembers which kernels ran, for tests/launches.py.
+void note_launch(const void* kernel);
+
 // Waits until `threads` threads (0: all that have not returned) of the block are at barrier `id`.
 void block_barrier(int id, int threads);
 
@@ -149,6 +152,10 @@ T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
   kimi::emulator::check_mask(mask);
   const int lane = kimi::emulator::lane(), d = static_cast<int>(distance);
   return kimi::emulator::shuffle(value, lane % width + d < width ? lane + d : lane);
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  for (int bits = 16; bits > 0; bits /= 2) value = std::max(value, __shfl_xor_sync(mask, value, bits));
+  return value;
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   kimi::emulator::check_mask(mask);

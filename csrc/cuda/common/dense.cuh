@@ -21,9 +21,10 @@ struct DenseShape {
     return aligned_to(16, x, w) &&
            multiples_of(kChunk, k, x_token_stride, x_group_stride, w_row_stride, w_group_stride);
   }
-  // tile_gemm keeps offsets of x in 32 bits, in units of 16 bytes.
+  // tile_gemm keeps offsets in 32 bits, in units of 16 bytes.
   bool small_offsets() const {
-    return ((num_tokens - 1) * x_token_stride + (num_groups - 1) * x_group_stride) / kChunk < UINT32_MAX;
+    return ((num_tokens - 1) * x_token_stride + (num_groups - 1) * x_group_stride) / kChunk < UINT32_MAX &&
+           128 * w_row_stride / kChunk < UINT32_MAX;
   }
   void set_out_wide() {
     const int64_t width = out_f32 ? 4 : 8;
@@ -93,13 +94,14 @@ struct Dense {
 
   template <int N>
   __device__ void store(const Tile& tile, int token, int column, const float (&v)[N]) const {
-    store_at(tile.group, tile.token + token, tile.row + column, v);
+    store_at(tile.group, tile.token + token, tile.row + column, v, N);
   }
 
+  // Of the values, the first `count`.
   template <int N>
-  __device__ void store_at(int64_t group, int64_t token, int64_t row, const float (&v)[N]) const {
+  __device__ void store_at(int64_t group, int64_t token, int64_t row, const float (&v)[N], int count) const {
     const int64_t to = token * shape.out_token_stride + group * shape.out_group_stride + row;
-    const int count = static_cast<int>(min(shape.num_rows - row, int64_t{N}));
+    count = static_cast<int>(min(shape.num_rows - row, int64_t{count}));
     if (shape.out_f32) {
       store_results(static_cast<float*>(shape.out) + to, v, count, shape.out_wide);
     } else {
@@ -107,5 +109,31 @@ struct Dense {
     }
   }
 };
+
+using DenseTile128 = TileShape<128, 128, 64, 64, 3, 2>;           // 96 KB: two blocks
+using DenseTile128Segmented = TileShape<128, 128, 64, 32, 3, 1>;  // 8 warps, for two sets of accumulators
+using DenseTile64x128 = TileShape<64, 128, 32, 64, 4, 2>;         // 96 KB
+using DenseTile64 = TileShape<64, 64, 32, 32, 4, 3>;              // 64 KB: three blocks
+using DenseTile16 = TileShape<16, 64, 16, 16, 8, 2>;              // 80 KB
+
+// tile_gemm on the tiles that keep the multiprocessors busy for the shortest time. `percent` is what of the large
+// tile's rate another one reaches, by and large.
+template <typename T, bool kSegmented>
+void launch_dense_tiles(const Dense<T, kSegmented>& dense, cudaStream_t stream) {
+  if (!dense.shape.aligned() || !dense.shape.small_offsets()) {
+    return launch_tile_gemm<T, DenseTile64, false>(dense, stream);
+  }
+  using Large = std::conditional_t<kSegmented, DenseTile128Segmented, DenseTile128>;
+  const auto cost = [&]<typename Shape>(Shape, int64_t percent) {
+    const int64_t tiles = dense.template num_tiles<Shape::kTokens, Shape::kRows>();
+    return ceil_div<int64_t>(tiles, multiprocessors()) * Shape::kTokens * Shape::kRows * 100 / percent;
+  };
+  const int64_t large = cost(Large(), 100), medium = cost(DenseTile64x128(), 85), small = cost(DenseTile64(), 65);
+  const int64_t tiny = cost(DenseTile16(), 30);
+  if (large <= medium && large <= small && large <= tiny) return launch_tile_gemm<T, Large, true>(dense, stream);
+  if (medium <= small && medium <= tiny) return launch_tile_gemm<T, DenseTile64x128, true>(dense, stream);
+  if (small <= tiny) return launch_tile_gemm<T, DenseTile64, true>(dense, stream);
+  launch_tile_gemm<T, DenseTile16, true>(dense, stream);
+}
 
 }  // namespace kimi::cuda

@@ -40,13 +40,35 @@ struct alignas(sizeof(T) * N) Packed {
   }
 };
 
+// In one access.
 template <typename T, int N>
 __device__ __forceinline__ Packed<T, N> load_packed(const T* from) {
-  return *reinterpret_cast<const Packed<T, N>*>(from);
+  using Word = std::remove_all_extents_t<decltype(Packed<T, N>::word)>;
+  Packed<T, N> p;
+  if constexpr (sizeof(p) == 16) {
+    const uint4 v = *reinterpret_cast<const uint4*>(from);
+    p.word[0] = bits_as<Word>(v.x), p.word[1] = bits_as<Word>(v.y);
+    p.word[2] = bits_as<Word>(v.z), p.word[3] = bits_as<Word>(v.w);
+  } else if constexpr (sizeof(p) == 8) {
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    p.word[0] = bits_as<Word>(v.x), p.word[1] = bits_as<Word>(v.y);
+  } else {
+    p = *reinterpret_cast<const Packed<T, N>*>(from);
+  }
+  return p;
 }
+// To global memory in one access. (An assignment the compiler cuts up where the words become ready one after the
+// other.)
 template <typename T, int N>
 __device__ __forceinline__ void store_packed(T* to, const Packed<T, N>& p) {
-  *reinterpret_cast<Packed<T, N>*>(to) = p;
+  if constexpr (sizeof(p) == 16) {
+    __stcg(reinterpret_cast<uint4*>(to), make_uint4(bits_as<uint32_t>(p.word[0]), bits_as<uint32_t>(p.word[1]),
+                                                    bits_as<uint32_t>(p.word[2]), bits_as<uint32_t>(p.word[3])));
+  } else if constexpr (sizeof(p) == 8) {
+    __stcg(reinterpret_cast<uint2*>(to), make_uint2(bits_as<uint32_t>(p.word[0]), bits_as<uint32_t>(p.word[1])));
+  } else {
+    *reinterpret_cast<Packed<T, N>*>(to) = p;
+  }
 }
 
 }  // namespace kimi::cuda

@@ -20,6 +20,11 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+// Over the whole warp; one instruction.
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
+  return __reduce_max_sync(0xffffffffu, x);
+}
+
 // Over a one-dimensional block of whole warps; every thread gets the result. `scratch` holds 32 floats and is free
 // again after the next barrier.
 __device__ __forceinline__ float block_sum(float x, float* scratch) {

@@ -47,10 +47,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
   const int64_t head = first_head + threadIdx.x / 8;
   if (head >= p.num_heads) return;
   const int64_t at = (seq * generic_units + unit) * p.num_heads + head;
-  if (blockIdx.z == 0 && threadIdx.x % 8 == 0) {
-    w.max[at] = state.max;
-    w.sum[at] = w.rounded_sum[at] = sum;
-  }
+  if (blockIdx.z == 0 && threadIdx.x % 8 == 0) w.sums[at] = {state.max, sum, sum, 0.0f};
 #pragma unroll
   for (int chunk = 0; chunk < kGenericChunks; ++chunk) {
 #pragma unroll

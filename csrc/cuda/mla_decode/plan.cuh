@@ -14,6 +14,7 @@
 #pragma once
 
 #include "cuda/common/attention.h"
+#include "cuda/common/ptx.h"
 #include "kimi/mla_decode.h"
 
 namespace kimi::cuda::mla_decode_detail {
@@ -28,30 +29,36 @@ inline constexpr int kMaxSplits = 128, kMaxSegments = 32, kSegmentBlocks = 32;
 // the device.
 inline constexpr int kMaxSplitUnits = 1024;
 
+// ceil(n / divisor) where that is less than 2^16: a few instructions, where an integer division takes a hundred cycles
+// and the plan needs several, one after the other.
+__device__ __forceinline__ int quick_ceil_div(int n, int divisor) {
+  int quotient = static_cast<int>(static_cast<float>(n) * rcp_approx(static_cast<float>(divisor)));  // to one
+  quotient += (quotient + 1) * divisor <= n;
+  quotient -= quotient * divisor > n;
+  return quotient + (quotient * divisor < n);
+}
+
 struct Pieces {
   int blocks, splits, segments;
   int split_blocks, segment_splits;
 
-  __host__ __device__ explicit Pieces(int64_t length) {
-    blocks = static_cast<int>(ceil_div<int64_t>(length < 0 ? 0 : length, kBlockRows));
-    split_blocks = blocks == 0 ? 1 : ceil_div(blocks, kMaxSplits);
-    splits = ceil_div(blocks, split_blocks);
-    const int enough = ceil_div(kSegmentBlocks, split_blocks), few = ceil_div(splits, kMaxSegments);
-    segment_splits = enough > few ? enough : few;
-    segments = ceil_div(splits, segment_splits);
+  __device__ explicit Pieces(int length) {
+    blocks = ceil_div(length, kBlockRows);
+    split_blocks = max(ceil_div(blocks, kMaxSplits), 1);
+    splits = quick_ceil_div(blocks, split_blocks);
+    segment_splits = max(quick_ceil_div(kSegmentBlocks, split_blocks), ceil_div(splits, kMaxSegments));
+    segments = quick_ceil_div(splits, segment_splits);
   }
-  __host__ __device__ int units(bool by_split) const { return by_split ? splits : segments; }
-  __host__ __device__ int unit_blocks(bool by_split) const {
-    return by_split ? split_blocks : split_blocks * segment_splits;
-  }
+  __device__ int units(bool by_split) const { return by_split ? splits : segments; }
+  __device__ int unit_blocks(bool by_split) const { return by_split ? split_blocks : split_blocks * segment_splits; }
 };
 
 // The units of the generic kernel: one chain each, all segments of their own.
 struct GenericPieces {
   int units, unit_blocks;
-  __host__ __device__ explicit GenericPieces(int64_t length) {
-    const int blocks = static_cast<int>(ceil_div<int64_t>(length < 0 ? 0 : length, kBlockRows));
-    unit_blocks = blocks == 0 ? 1 : ceil_div(blocks, kMaxSegments);
+  __device__ explicit GenericPieces(int length) {
+    const int blocks = ceil_div(length, kBlockRows);
+    unit_blocks = max(ceil_div(blocks, kMaxSegments), 1);
     units = ceil_div(blocks, unit_blocks);
   }
 };
@@ -64,14 +71,17 @@ __device__ __forceinline__ int length_of(const MlaDecodeParams& p, int64_t seq) 
   return static_cast<int>(length < 0 ? 0 : length < most ? length : most);
 }
 
+// Of a partial result: the maximum in log2 units, the sum of p and that of p as it was multiplied with the values.
+struct alignas(16) PartialSums {
+  float max, sum, rounded_sum, zero;
+};
+
 // The partial result of unit u is slot first_unit[n] + u, for the released dims; n * generic_units() + u in the generic
-// kernel. max is in log2 units; sum is that of p, rounded_sum that of p as it was multiplied with the values.
+// kernel.
 struct Workspace {
   int32_t* by_split;    // [1]  whether units are splits
   int32_t* first_unit;  // [num_seqs + 1]
-  float* max;           // [slots, num_heads]
-  float* sum;           // [slots, num_heads]
-  float* rounded_sum;   // [slots, num_heads]
+  PartialSums* sums;    // [slots, num_heads]
   float* o;             // [slots, num_heads, latent_dim]
   int64_t bytes;
 };
@@ -102,9 +112,7 @@ inline Workspace workspace_of(const MlaDecodeParams& p) {
   };
   take(w.by_split, 1);
   take(w.first_unit, p.num_seqs + 1);
-  take(w.max, slots * p.num_heads);
-  take(w.sum, slots * p.num_heads);
-  take(w.rounded_sum, slots * p.num_heads);
+  take(w.sums, slots * p.num_heads);
   take(w.o, slots * p.num_heads * p.latent_dim);
   return w;
 }

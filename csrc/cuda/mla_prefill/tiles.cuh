@@ -5,8 +5,9 @@
 // so a block finds its sequence by a search, and a tile that nobody needs exits at once.
 //
 // Order: blocks start in the order of their index. Within a group of heads the tiles come last first, all heads of one
-// tile together: under a causal mask these are the longest ones, and what is left at the end of the grid is short. A
-// group has as many heads as keep their keys and values in the L2 cache.
+// tile together: under a causal mask these are the longest ones, and what is left at the end of the grid is short.
+// Groups bound the keys and values that are read at the same time; since blocks that read the same ones run side by
+// side, these may be several times larger than the L2 cache.
 #pragma once
 
 #include "cuda/common/types.h"
@@ -14,7 +15,7 @@
 
 namespace kimi::cuda::mla_prefill_detail {
 
-inline constexpr int64_t kGroupBytes = 32 << 20;  // keys and values of a group of heads, of an L2 cache of 40 to 60 MB
+inline constexpr int64_t kGroupBytes = 160 << 20;  // keys and values of a group of heads
 
 // The tiles of `rows` queries that any cu_seqlens_q may need.
 inline int64_t max_query_tiles(const MlaPrefillParams& p, int rows) {
@@ -59,10 +60,9 @@ __device__ __forceinline__ int clamped(int64_t x) {
 // The tile of `rows` queries of this block; `key_bytes` of keys and values per key and head.
 __device__ __forceinline__ QueryTile query_tile(const MlaPrefillParams& p, int rows, int64_t num_tiles,
                                                 int64_t key_bytes) {
-  const int64_t block = blockIdx.x, head_bytes = p.cu_seqlens_k[p.num_seqs] * key_bytes + 1;
-  const int64_t fitting = kGroupBytes / head_bytes, group = fitting < 1             ? 1
-                                                            : fitting < p.num_heads ? fitting
-                                                                                    : p.num_heads;
+  const int64_t block = blockIdx.x, bytes = p.cu_seqlens_k[p.num_seqs] * key_bytes * p.num_heads;
+  const int64_t groups = min(ceil_div(bytes, kGroupBytes) + (bytes == 0), p.num_heads);
+  const int64_t group = ceil_div(p.num_heads, groups);  // heads
   const int64_t first_head = block / (num_tiles * group) * group;
   const int64_t in_group = block - first_head * num_tiles;
   const int64_t heads = p.num_heads - first_head < group ? p.num_heads - first_head : group;

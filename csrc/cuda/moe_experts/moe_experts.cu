@@ -190,10 +190,7 @@ void run_half(const MoeExpertsParams& p, const Workspace& w, cudaStream_t stream
                              (num_slots * w.act_stride + p.num_tokens * w.shared_act_stride) / kChunk < UINT32_MAX - 64;
   const bool aligned = aligned_to(16, p.x, p.w13, p.w2, p.shared_w13, p.shared_w2) &&
                        multiples_of(kChunk, p.dim, p.inner, p.shared_inner, p.x_stride) && small_offsets;
-  if (aligned && p.num_tokens <= kDecodeTokens && num_slots <= kDecodeSlots &&
-      p.top_k + (p.shared_inner > 0) <= kDecodeWarps) {
-    return run_decode<T>(p, w, stream);
-  }
+  if (aligned && can_decode(p)) return run_decode<T>(p, w, stream);
   const int tile_tokens = aligned ? choose_tile_tokens(p) : 64;
   run_sort(p, w, tile_tokens, stream);
   run_tiles<T>(p, w, aligned, tile_tokens, stream);

@@ -225,7 +225,9 @@ struct DownTiles : TilesBase<T> {
 template <typename T>
 void run_tiles(const MoeExpertsParams& p, const Workspace& w, bool aligned, int tile_tokens, cudaStream_t stream);
 
-// Everything for a few tokens of 16-bit types whose rows are aligned, without the sort (decode.cu).
+// Everything for a few tokens of 16-bit types whose rows are aligned, without the sort (decode.cu); and whether there
+// are few enough.
+bool can_decode(const MoeExpertsParams& p);
 template <typename T>
 void run_decode(const MoeExpertsParams& p, const Workspace& w, cudaStream_t stream);
 
