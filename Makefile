@@ -65,16 +65,19 @@ DEMO := build/demo-model
 demo: build  ## a small random checkpoint, and text generated from it
 	$(PY) -m kimi_native demo --dir $(DEMO)
 
-bench: build  ## the benchmarks of the operators and of the model
-	@for file in bench/bench_*.py; do $(PY) $$file $(BENCH_ARGS) || exit 1; done
+bench: build  ## the benchmarks of the operators and of the model on the CPU
+	$(PY) bench/run.py --device cpu $(BENCH_ARGS)
+	$(PY) bench/bench_model.py $(BENCH_ARGS)
 
 # The CUDA kernels in the emulator (tests/emulator): the tests of every operator that has some.
 CUDA_OPS = $(patsubst csrc/cuda/%,%,$(basename $(wildcard csrc/cuda/*.cu)) $(patsubst %/,%,$(filter-out csrc/cuda/common/,$(sort $(dir $(wildcard csrc/cuda/*/*.cu))))))
 emulated: $(SETUP)  ## the CUDA kernels without a GPU: the operators' tests, emulated on the CPU
 	cmake --preset emulated -DPython_EXECUTABLE=$(PY) > build-emulated.log || { cat build-emulated.log; rm build-emulated.log; exit 1; }; rm build-emulated.log
 	cmake --build --preset emulated
-	KIMI_NATIVE_LIB_DIR=$(CURDIR)/build-emulated/lib OMP_NUM_THREADS=1 \
+	rm -f build-emulated/launches*
+	KIMI_NATIVE_LIB_DIR=$(CURDIR)/build-emulated/lib KIMI_LAUNCHES=build-emulated/launches OMP_NUM_THREADS=1 \
 	  $(PY) -m pytest -n $(TEST_WORKERS) tests/test_emulator.py $(wildcard $(CUDA_OPS:%=tests/test_%.py)) $(TEST_ARGS)
+	$(if $(TEST_ARGS),,$(PY) scripts/kernel_coverage.py check build-emulated/launches*)
 
 check-kernels: build $(KERNELS_SETUP)  ## the machine code of the CUDA kernels: no spills, tensor cores and wide loads where they are meant to be
 	$(PY) scripts/check_kernels.py

@@ -532,7 +532,7 @@ def header(device: Device, ceilings: Ceilings, peer_libs: Path | None = None) ->
         versions["peer libraries"] = note.read_text().strip() if note.exists() else "unknown"
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": shlex.join([Path(sys.executable).name, os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.executable).name, os.path.relpath(sys.argv[0]), *map(_without_folder, sys.argv[1:])]),
         "commit": _commit(),
         "versions": versions,
         **device.describe(),
@@ -636,6 +636,11 @@ def finish(session: Session | None) -> None:
 
 def _digits(x: float, digits: int = 4) -> float:
     return float(f"{x:.{digits}g}")
+
+
+def _without_folder(argument: str) -> str:
+    """An absolute path means nothing to who reads the record elsewhere."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _first_line(error: Exception) -> str:

@@ -43,10 +43,11 @@ problem and not of the implementation. A kernel that mostly reads can pass 100: 
 is its time and, in parentheses, how many times faster ours is, **bold** where the peer is faster.
 
 On a GPU a time is that between two events around the replay of a CUDA graph of the one call, so that launch gaps count for
-nobody; a peer that cannot be captured is marked `e`, and its launches count. A peer of the whole model that was run with
-fewer layers is marked `s`: its time is scaled to all of them. An empty kernel, measured the same way, takes
-what the table of runs says: that is in every figure. `fla` is fla-core's Triton kernels, tuned on the machine; FlashKDA and
-FlashMLA are the libraries in vLLM's wheel; `sdpa` and `torch` are torch's own.
+nobody. `e` marks a peer that was timed without a graph, because it cannot be captured, is slower in one, or takes more than 20
+ms. `s` marks a peer of the whole model that was run with fewer layers: its time is scaled to all of them. "failed": it raised,
+or its output was too far from fp64 to be the same function. An empty kernel, measured the same way, takes what the table of
+runs says: that is in every figure. `fla` is fla-core's Triton kernels, tuned on the machine; FlashKDA and FlashMLA are the
+libraries in vLLM's wheel; `sdpa` and `torch` are torch's own.
 """
 
 

@@ -1,24 +1,25 @@
 """Runs on a GPU all that cannot be checked without one. Standard library only; needs torch and pytest, no network, no git.
 
-    gpu_check.py                                       everything (at most ten minutes on an H200 with 16 cores)
+    gpu_check.py                                       everything (about six minutes on an H200 with 16 cores)
+    gpu_check.py --steps native,portable               the tests alone
     gpu_check.py --steps memcheck,racecheck --op rms_norm
     gpu_check.py --no-build --logs out/logs            with build-gpu/lib as another machine built it
 
-Steps:
-  native     the tests marked `gpu`, on the machine code that was built and whichever kernels suit this card
+Steps, in this order; each is one run of pytest under a time limit of its own:
+  native     all tests marked `gpu`, on the machine code that was built and whichever kernels suit this card
   portable   the same with KIMI_CUDA_PATH=portable, on a copy of the libraries that has only PTX (scripts/ptx_only.py), which the
              driver compiles: what any card from compute capability 8.0 on runs
   memcheck, racecheck, initcheck, synccheck
-             compute-sanitizer over the operators' tests, as many of them as tests/conftest.py leaves under KIMI_SANITIZER=1; with
-             both kinds of kernels where an operator has Hopper kernels of its own
+             compute-sanitizer over the tests in tests/sanitized.txt, the four side by side; with the portable kernels too where
+             there are others for Hopper
 
-Each step runs once per test file, several at a time, each under its own time limit. Exit code 0: all well. 1: something failed or
-could not be run. 2: nothing can be checked here (no GPU, no build).
+Exit code 0: all well. 1: something failed or could not be run. 2: nothing can be checked here (no GPU, no build).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,26 +40,17 @@ from ptx_only import ptx_only
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 STEPS = ["native", "portable", *SANITIZERS]
-# How much longer a step takes than `native`, roughly: long ones start first.
-WEIGHT = {"native": 1, "portable": 2, "memcheck": 3, "racecheck": 5, "initcheck": 4, "synccheck": 2}
+TIMEOUTS = {"native": 180, "portable": 240, **dict.fromkeys(SANITIZERS, 240)}
 
 # Only our kernels are checked: "kimi" is in their mangled names. Not by initcheck, which must see who else wrote to memory.
-# torch probes the driver with calls that may fail, so failed calls are not errors; our own throw.
-SANITIZER_OPTIONS = [
-    "--target-processes",
-    "application-only",
-    "--launch-timeout",
-    "120",
-    "--require-cuda-init",
-    "no",
-    "--print-limit",
-    "50",
-]
+# torch probes the driver with calls that may fail, so failed calls are not errors; our own throw. A kernel with an error ends, the
+# tests after it go on.
+SANITIZER_OPTIONS = "--target-processes application-only --launch-timeout 120 --require-cuda-init no --print-limit 50".split()
 TOOL_OPTIONS = {
-    "memcheck": ["--kernel-name", "kns=kimi", "--report-api-errors", "no"],
-    "racecheck": ["--kernel-name", "kns=kimi"],
+    "memcheck": "--kernel-name kns=kimi --report-api-errors no --destroy-on-device-error kernel".split(),
+    "racecheck": "--kernel-name kns=kimi".split(),
     "initcheck": [],
-    "synccheck": ["--kernel-name", "kns=kimi"],
+    "synccheck": "--kernel-name kns=kimi".split(),
 }
 
 
@@ -67,24 +59,15 @@ class CannotCheck(Exception):
 
 
 @dataclass
-class Target:
-    """A test file; `operator` is set where csrc/cuda has kernels of that name, `hopper` where some are for Hopper alone."""
+class Job:
+    """One run of pytest. `name` is the step, with the kind of kernels where it is not the native one."""
 
     name: str
-    file: Path
-    operator: bool
-    hopper: bool
-
-
-@dataclass
-class Job:
     step: str
-    row: str
     command: list[str]
     environment: dict[str, str]
     timeout: float
-    must_run: bool
-    weight: float = 0.0
+    report: Path  # JUnit's XML, written by pytest at the end
 
 
 @dataclass
@@ -93,72 +76,81 @@ class Result:
     good: bool
     text: str
     seconds: float
+    files: dict[str, str] = field(default_factory=dict)  # for each test file what the table says of it
     output: str = field(default="", repr=False)
 
 
 # ---- what there is to run ---------------------------------------------------------------------------------------------------
 
 
-def find_targets(root: Path, operators: list[str]) -> list[Target]:
-    """The test files that can have a GPU test in them. `operators` restricts them to these operators' own."""
+def operators(root: Path) -> list[str]:
+    """Those that have CUDA kernels."""
     cuda = root / "csrc" / "cuda"
-    sources = {path.stem: path for path in sorted(cuda.glob("*.cu"))}
-    sources |= {path.name: path for path in sorted(cuda.iterdir()) if path.is_dir() and any(path.glob("*.cu"))}
-    sources.pop("common", None)
-    if unknown := set(operators) - set(sources):
-        raise CannotCheck(f"no CUDA sources of {', '.join(sorted(unknown))}; there are {', '.join(sorted(sources))}")
-    targets = []
+    folders = {path.parent.name for path in cuda.glob("*/*.cu")} - {"common"}
+    return sorted(folders | {path.stem for path in cuda.glob("*.cu")})
+
+
+def find_files(root: Path, only: list[str], *, sanitized: bool) -> list[Path]:
+    """The test files that can have a GPU test in them. `only` restricts them to these operators' own; `sanitized` to operators'."""
+    known = operators(root)
+    if unknown := set(only) - set(known):
+        raise CannotCheck(f"no CUDA sources of {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    files = []
     for file in sorted((root / "tests").glob("test_*.py")):
         name = file.stem.removeprefix("test_")
-        if name in (operators or sources):
-            place = sources[name]
-            hopper = any("sm90" in path.name for path in (place.iterdir() if place.is_dir() else [place]))
-            targets.append(Target(name, file, True, hopper))
-        elif not operators and re.search(r"\b(DEVICES|DEVICE_DTYPES|needs_gpu)\b|mark\.gpu\b", file.read_text()):
-            targets.append(Target(name, file, False, False))
-    return targets
+        wanted = name in (only or known) if only or sanitized else re.search(r"\b(DEVICES|DEVICE_DTYPES|needs_gpu)\b", file.read_text())
+        if wanted:
+            files.append(file)
+    return files
 
 
 def make_jobs(
-    targets: list[Target],
+    root: Path,
     steps: list[str],
+    only: list[str],
     *,
     libraries: dict[str, Path],
     scratch: Path,
-    timeout: float,
-    threads: int,
+    workers: int,
     sanitizer: str | None,
-) -> list[Job]:
-    """`libraries`: where _ops.so lies for the steps `native` and `portable`. `sanitizer`: the program, if a step needs it."""
+) -> list[list[Job]]:
+    """Groups of jobs; the jobs of a group run side by side. `libraries`: where _ops.so lies for the steps `native` and `portable`.
+    `sanitizer`: the program, if a step needs it."""
     base = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "python"), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": str(threads),
-        "CUDA_CACHE_PATH": str(scratch / "jit"),  # PTX is compiled once for all processes, and anew for every check
+        "OMP_NUM_THREADS": "1",
+        "CUDA_CACHE_PATH": str(scratch / "jit"),  # PTX is compiled anew for every check
+        "KIMI_NATIVE_LIB_DIR": str(libraries["native"]),
+        "KIMI_CUDA_PATH": "",
     }
-    native = {**base, "KIMI_NATIVE_LIB_DIR": str(libraries["native"]), "KIMI_CUDA_PATH": ""}
-    jobs = []
-    for step in steps:
-        for target in targets:
-            variants = [(target.name, native)]
-            if step == "portable":
-                variants = [(target.name, {**base, "KIMI_NATIVE_LIB_DIR": str(libraries["portable"]), "KIMI_CUDA_PATH": "portable"})]
-            elif step in SANITIZERS:
-                if not target.operator:
-                    continue
-                if target.hopper:
-                    variants.append((f"{target.name}, portable", {**native, "KIMI_CUDA_PATH": "portable"}))
-            for row, environment in variants:
-                place = scratch / f"{step}.{row.replace(', ', '.')}"
-                command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=25", "-m", "gpu"]
-                command += [f"--basetemp={place}", str(target.file)]
-                if step in SANITIZERS:
-                    assert sanitizer is not None
-                    command = [sanitizer, "--tool", step, *SANITIZER_OPTIONS, *TOOL_OPTIONS[step], *command]
-                    # Every tensor is an allocation of its own, so that an access past its end is seen.
-                    environment = {**environment, "KIMI_SANITIZER": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-                weight = WEIGHT[step] * target.file.stat().st_size
-                jobs.append(Job(step, row, command, environment, timeout, target.operator, weight))
-    return sorted(jobs, key=lambda job: -job.weight)
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "--maxfail=25", "--durations=5", "-m", "gpu"]
+    distributed = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
+
+    def job(name: str, step: str, environment: dict[str, str], front: list[str], arguments: list[str]) -> Job:
+        place, report = scratch / name.replace(" ", "-"), scratch / f"{name.replace(' ', '-')}.xml"
+        files = [str(file) for file in find_files(root, only, sanitized=step in SANITIZERS)]
+        command = [*front, *pytest, f"--basetemp={place}", f"--junitxml={report}", *arguments, *files]
+        return Job(name, step, command, base | environment, TIMEOUTS[step], report)
+
+    groups = []
+    if "native" in steps:
+        groups.append([job("native", "native", {}, [], ["-q", *distributed])])
+    if "portable" in steps:
+        environment = {"KIMI_NATIVE_LIB_DIR": str(libraries["portable"]), "KIMI_CUDA_PATH": "portable"}
+        groups.append([job("portable", "portable", environment, [], ["-q", *distributed])])
+    hopper = any("sm90" in path.name for path in (root / "csrc" / "cuda").rglob("*.cu*"))
+    for path in ["", "portable"] if hopper else [""]:
+        group = []
+        for tool in [step for step in steps if step in SANITIZERS]:
+            assert sanitizer is not None
+            front = [sanitizer, "--tool", tool, *SANITIZER_OPTIONS, *TOOL_OPTIONS[tool]]
+            # Every tensor is an allocation of its own, so that an access past its end is seen; and the same kernels as in the emulator,
+            # with which tests/sanitized.txt was chosen.
+            environment = {"KIMI_SANITIZER": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "KIMI_CUDA_MULTIPROCESSORS": "3"}
+            environment["KIMI_CUDA_PATH"] = path
+            group.append(job(f"{tool} {path}".strip(), tool, environment, front, ["-v"]))
+        groups.append(group)
+    return [group for group in groups if group]
 
 
 def find_sanitizer() -> str | None:
@@ -171,21 +163,21 @@ def find_sanitizer() -> str | None:
 # ---- what a finished run means ----------------------------------------------------------------------------------------------
 
 
-def judge_tests(code: int, output: str, *, must_run: bool) -> tuple[bool, str]:
-    """Of pytest's exit code and output: whether all is well, and the text for the table. `must_run`: no test is a failure."""
+def judge_tests(code: int, output: str) -> tuple[bool, str]:
+    """Of pytest's exit code and output: whether all is well, and in a few words how it went. No test is a failure."""
     counts = re.findall(r"^(?:=+ )?((?:\d+ \w+(?:, )?)+)(?: in [\d.]+s.*)$", output, re.MULTILINE)
     numbers = {word.rstrip("s"): int(n) for n, word in re.findall(r"(\d+) (\w+)", counts[-1])} if counts else {}
     passed, failed = numbers.get("passed", 0), numbers.get("failed", 0) + numbers.get("error", 0)
     if code == 0 and passed:
         return True, f"{passed} ok"
     if code in (0, 5) and not failed:
-        return (False, "no test") if must_run else (True, "-")
+        return False, "no test"
     return False, f"{failed} FAILED" if failed else f"exit {code}"
 
 
 def judge_sanitizer(tool: str, code: int, output: str) -> tuple[bool, str]:
     """The same for a run of pytest under compute-sanitizer. Findings count only where one of our kernels is named."""
-    good, text = judge_tests(code, output, must_run=True)
+    good, text = judge_tests(code, output)
     summary = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)", output, re.MULTILINE)
     if not summary:
         return False, "no report" if good else text
@@ -200,21 +192,37 @@ def judge_sanitizer(tool: str, code: int, output: str) -> tuple[bool, str]:
     return good, text
 
 
-def judge(job: Job, code: int | None, output: str) -> tuple[bool, str]:
+def judge(job: Job, code: int | None, output: str, seconds: float) -> tuple[bool, str]:
     if code is None:
-        return False, f"> {job.timeout:.0f} s"
-    if job.step in SANITIZERS:
-        return judge_sanitizer(job.step, code, output)
-    return judge_tests(code, output, must_run=job.must_run)
+        dots = "".join(re.findall(r"^([.sFE]+)(?: +\[ *\d+%\])?$", output, re.MULTILINE))
+        done = len(dots) + len(re.findall(r"^\S+::\S.* (?:PASSED|FAILED|SKIPPED)", output, re.MULTILINE))
+        return False, f"stopped after {seconds:.0f} s and {done} tests"
+    return judge_sanitizer(job.step, code, output) if job.step in SANITIZERS else judge_tests(code, output)
 
 
-def table(results: list[Result], steps: list[str]) -> str:
-    """One line per test file, one column per step, with seconds."""
-    cells = {(r.job.row, r.job.step): f"{r.text} {r.seconds:.0f}s" for r in results}
-    rows = sorted({r.job.row for r in results})
-    lines = [["", *steps], *([row, *(cells.get((row, step), "") for step in steps)] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(steps) + 1)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+def count_files(report: Path) -> dict[str, str]:
+    """For each test file: how many tests passed, or failed, and the seconds they took."""
+    if not report.is_file():
+        return {}
+    counts: dict[str, list[float]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.get("classname", "").split(".")[-1].removeprefix("test_")
+        outcomes = {child.tag for child in case}
+        count = counts.setdefault(name, [0, 0, 0.0])
+        count[0] += not outcomes & {"failure", "error", "skipped"}
+        count[1] += bool(outcomes & {"failure", "error"})
+        count[2] += float(case.get("time", 0))
+    return {name: f"{failed} FAILED" if failed else f"{passed} ok {seconds:.0f}s" for name, (passed, failed, seconds) in counts.items()}
+
+
+def table(results: list[Result]) -> str:
+    """A column for each run, a row for each test file; in the last row the whole."""
+    rows = sorted({name for result in results for name in result.files})
+    lines = [["", *(result.job.name for result in results)]]
+    lines += [[row, *(result.files.get(row, "") for result in results)] for row in rows]
+    lines += [["all", *(f"{result.text} {result.seconds:.0f}s" for result in results)]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(results) + 1)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 # ---- running it ---------------------------------------------------------------------------------------------------------------
@@ -226,14 +234,9 @@ def run_job(job: Job, deadline: float) -> Result:
     if timeout <= 0:
         return Result(job, False, "no time left", 0.0)
     with tempfile.TemporaryFile() as log:
+        environment = os.environ | job.environment
         process = subprocess.Popen(
-            job.command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=ROOT,
-            env=os.environ | job.environment,
-            start_new_session=True,
+            job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
         )
         code: int | None = None
         try:
@@ -246,38 +249,37 @@ def run_job(job: Job, deadline: float) -> Result:
                 process.wait()
         log.seek(0)
         output = log.read().decode(errors="replace")
-    good, text = judge(job, code, output)
-    return Result(job, good, text, time.monotonic() - start, output)
+    seconds = time.monotonic() - start
+    return Result(job, *judge(job, code, output, seconds), seconds, count_files(job.report), output)
 
 
-def run_jobs(jobs: list[Job], workers: int, deadline: float, logs: Path) -> list[Result]:
-    """Runs them, the first of the list first; appends what each printed to `logs`/<step>.log when it has ended."""
-    results = []
+def run_jobs(groups: list[list[Job]], deadline: float, logs: Path) -> list[Result]:
+    """Runs one group after the other; writes what each job printed to `logs`/<name>.log when it has ended."""
+    results: list[Result] = []
 
-    def run(job: Job) -> None:
+    def run(job: Job) -> Result:
         result = run_job(job, deadline)
-        results.append(result)  # (atomic)
         settings = " ".join(f"{k}={shlex.quote(v)}" for k, v in job.environment.items())
-        with open(logs / f"{job.step}.log", "a") as log:
-            log.write(f"##### {job.row}: {result.text}, {result.seconds:.1f} s\n{settings} {shlex.join(job.command)}\n{result.output}\n")
-        print(f"{'ok  ' if result.good else 'FAIL'} {job.step:<10} {job.row:<28} {result.text:<12} {result.seconds:6.1f} s", flush=True)
+        text = f"{settings} {shlex.join(job.command)}\n{result.output}\n{result.text}, {result.seconds:.1f} s\n"
+        (logs / f"{job.name.replace(' ', '-')}.log").write_text(text)
+        print(f"{'ok  ' if result.good else 'FAIL'} {job.name:<20} {result.text:<12} {result.seconds:6.1f} s", flush=True)
+        return result
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(run, jobs))
+    for group in groups:
+        with ThreadPoolExecutor(len(group)) as pool:
+            results += pool.map(run, group)
     return results
 
 
-def failures(results: Iterable[Result], lines: int = 40) -> str:
-    """The end of what the failed ones printed."""
+def failures(results: list[Result], lines: int = 50) -> str:
+    """Of the runs that failed, the findings or the end of what they printed."""
     parts = []
     for result in results:
-        if not result.good:
-            interesting = [line for line in result.output.splitlines() if line.strip()]
-            found = [
-                i for i, line in enumerate(interesting) if re.match(r"=+ (Invalid|Error|Warning|Uninitialized|Barrier|Potential)", line)
-            ]
-            begin = found[0] if found else max(0, len(interesting) - lines)
-            parts.append("\n".join([f"--- {result.job.step} {result.job.row}: {result.text}", *interesting[begin : begin + lines]]))
+        if not result.good and result.output:
+            text = [line for line in result.output.splitlines() if line.strip() and "Host Frame" not in line]
+            found = [i for i, line in enumerate(text) if re.match(r"=+ (Invalid|Error|Warning|Uninitialized|Barrier|Potential)", line)]
+            begin = found[0] if found else max(0, len(text) - lines)
+            parts.append("\n".join([f"--- {result.job.name}: {result.text}", *text[begin : begin + lines]]))
     return "\n".join(parts)
 
 
@@ -352,8 +354,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=lambda text: choice(text, STEPS), default=STEPS, help=f"of {','.join(STEPS)}")
     parser.add_argument("--op", action="append", default=[], metavar="NAME", help="only the tests of this operator (may be repeated)")
-    parser.add_argument("--jobs", type=int, default=max(1, min(8, cores // 2)), help="processes at a time (default %(default)s)")
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for one test file in one step (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=max(1, min(12, cores * 3 // 4)), help="processes of native and portable (%(default)s)")
     parser.add_argument("--deadline", type=float, default=590, help="seconds for all of it without the build (default %(default)s)")
     parser.add_argument("--logs", type=Path, help="folder for what was printed (default build-gpu/check)")
     parser.add_argument("--build-dir", type=Path, default=ROOT / "build-gpu", help="where the build is or goes (default build-gpu)")
@@ -366,14 +367,13 @@ def check(args: argparse.Namespace) -> int:
     directory = Path(os.path.abspath(args.build_dir))
     libraries = {"native": build(directory, allowed=not args.no_build)}
     device, capability, torch, cuda = probe(libraries["native"] / "_ops.so")
-    targets = find_targets(ROOT, args.op)
     sanitizer = find_sanitizer()
     if sanitizer is None and set(args.steps) & set(SANITIZERS):
         raise CannotCheck("no compute-sanitizer (in PATH, $CUDA_HOME/bin or $COMPUTE_SANITIZER); --steps native,portable does without")
     logs = Path(os.path.abspath(args.logs or directory / "check"))
     logs.mkdir(parents=True, exist_ok=True)
-    for step in STEPS:
-        (logs / f"{step}.log").unlink(missing_ok=True)
+    for old in logs.glob("*.log"):
+        old.unlink()
 
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kimi-gpu-check-") as temporary:
@@ -383,21 +383,14 @@ def check(args: argparse.Namespace) -> int:
             libraries["portable"].mkdir()
             for path in libraries["native"].glob("*.so"):
                 (libraries["portable"] / path.name).write_bytes(ptx_only(path.read_bytes())[0])
-        jobs = make_jobs(
-            targets,
-            args.steps,
-            libraries=libraries,
-            scratch=scratch,
-            timeout=args.timeout,
-            threads=max(1, (os.cpu_count() or 1) // args.jobs),
-            sanitizer=sanitizer,
-        )
-        head = f"{device} ({capability}), torch {torch}, kernels built by CUDA {cuda}: {len(jobs)} runs, {args.jobs} at a time"
+        more = {"libraries": libraries, "scratch": scratch, "workers": args.jobs, "sanitizer": sanitizer}
+        groups = make_jobs(ROOT, args.steps, args.op, **more)
+        head = f"{device} ({capability}), torch {torch}, kernels built by CUDA {cuda}"
         print(head, flush=True)
-        results = run_jobs(jobs, args.jobs, start + args.deadline, logs)
+        results = run_jobs(groups, start + args.deadline, logs)
     bad = [result for result in results if not result.good]
     end = f"{len(results) - len(bad)} of {len(results)} runs are well, {time.monotonic() - start:.0f} s; logs in {logs}"
-    summary = "\n".join(filter(None, [head, failures(bad), table(results, args.steps), end]))
+    summary = "\n".join(filter(None, [head, failures(bad), table(results), end]))
     (logs / "summary.txt").write_text(summary + "\n")
     print("\n" + summary.removeprefix(head + "\n"))
     return 1 if bad else 0

@@ -1,14 +1,15 @@
 """Makes `kit` and `spec` importable, turns 'not built' into one sentence instead of two hundred errors, shares the tiny checkpoints, and
 sums up what was skipped."""
 
-import itertools
+from __future__ import annotations
+
 import os
-import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -21,44 +22,30 @@ except ImportError as error:
 def pytest_configure(config: pytest.Config) -> None:
     # transformers says so of every config.json in the hub's format
     config.addinivalue_line("filterwarnings", "ignore:`rope_scaling` is deprecated:FutureWarning")
+    distributes = getattr(config.option, "numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ
+    if (path := os.environ.get("KIMI_LAUNCHES")) and not distributes:
+        from launches import Launches
+
+        config.pluginmanager.register(Launches(path))
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """bfloat16 instead of dtype1, so that a test has the same name on every device."""
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import kit
-    import torch
 
+    if kit.SANITIZER:  # a selection by hand: tests take long under compute-sanitizer
+        lines = (Path(__file__).resolve().parent / "sanitized.txt").read_text().splitlines()
+        chosen = {f"tests/{line}" for line in lines if not line.startswith("#")}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
+        items[:] = [item for item in items if item.nodeid in chosen]
     if kit.EMULATED or not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    elif kit.SANITIZER:
-        kept = _covering(items)
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = [item for item in items if item in kept]
-
-
-def _covering(items: list[pytest.Item]) -> set[pytest.Item]:
-    """For compute-sanitizer, under which a test takes long: of each test function on the GPU, cases that hold every pair of its
-    parameters' values, so that every kernel is still run with every dtype, layout and shape. opcheck shows nothing of a kernel, and
-    tensors past 2^31 elements take too long."""
-    functions: dict[str, list[pytest.Function]] = {}
-    for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("gpu") and not re.search("opcheck|2_to_the_31", item.name):
-            functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept: set[pytest.Item] = set()
-    for cases in functions.values():
-        pairs = [_pairs(case) for case in cases]
-        missing = set().union(*pairs)
-        while missing:
-            best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))  # the first of the best
-            kept.add(cases[best])
-            missing -= pairs[best]
-    return kept
-
-
-def _pairs(case: pytest.Function) -> set[tuple[tuple[str, str], ...]]:
-    values = sorted((name, repr(value)) for name, value in case.callspec.params.items()) if hasattr(case, "callspec") else []
-    return set(itertools.combinations(values, min(2, len(values))))
 
 
 @pytest.fixture(scope="session")

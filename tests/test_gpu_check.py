@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gpu_check
 import pytest
-from gpu_check import CannotCheck, Job, Result, find_targets, judge_sanitizer, judge_tests, make_jobs, run_jobs, table
+from gpu_check import CannotCheck, Job, Result, count_files, find_files, judge, judge_sanitizer, judge_tests, make_jobs, run_jobs, table
 from ptx_only import ptx_only
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ def test_wrong_usage():
 
 @pytest.fixture
 def source(tmp_path):
-    for name in ("cuda/rms_norm.cu", "cuda/kda/kda.cu", "cuda/kda/kda_sm90.cuh", "cuda/common/launch.cu"):
+    for name in ("cuda/rms_norm.cu", "cuda/kda/kda.cu", "cuda/common/launch.cu"):
         (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / name).touch()
     (tmp_path / "tests").mkdir()
@@ -44,54 +44,54 @@ def source(tmp_path):
     return tmp_path
 
 
-def test_targets_are_the_files_with_tests_on_a_gpu(source):
-    assert [(t.name, t.operator, t.hopper) for t in find_targets(source, [])] == [
-        ("kda", True, True),
-        ("model", False, False),
-        ("rms_norm", True, False),
-    ]
-    assert [t.name for t in find_targets(source, ["rms_norm"])] == ["rms_norm"]
+def test_files_with_tests_on_a_gpu(source):
+    def names(*arguments, sanitized=False):
+        return [path.stem for path in find_files(source, list(arguments), sanitized=sanitized)]
+
+    assert names() == ["test_kda", "test_model", "test_rms_norm"]
+    assert names(sanitized=True) == ["test_kda", "test_rms_norm"]
+    assert names("rms_norm") == names("rms_norm", sanitized=True) == ["test_rms_norm"]
     with pytest.raises(CannotCheck, match="no CUDA sources of nothing; there are kda, rms_norm"):
-        find_targets(source, ["nothing"])
+        names("nothing")
 
 
 def test_jobs(source, tmp_path):
-    libraries = {"native": tmp_path / "lib", "portable": tmp_path / "ptx"}
-    targets = find_targets(source, [])
-    jobs = make_jobs(
-        targets, ["native", "portable", "racecheck"], libraries=libraries, scratch=tmp_path, timeout=9, threads=2, sanitizer="CS"
-    )
-    by_name = {(job.step, job.row): job for job in jobs}
-    assert len(by_name) == len(jobs) == 3 + 3 + 3
-    assert {row for step, row in by_name if step == "racecheck"} == {"kda", "kda, portable", "rms_norm"}
-    for (step, row), job in by_name.items():
-        portable = step == "portable" or row.endswith("portable")
-        assert (job.environment["KIMI_CUDA_PATH"] == "portable") == portable
-        assert job.environment["KIMI_NATIVE_LIB_DIR"] == str(libraries["portable" if step == "portable" else "native"])
-        assert ("KIMI_SANITIZER" in job.environment) == (step == "racecheck") == (job.command[:3] == ["CS", "--tool", "racecheck"])
-        assert job.must_run == (not row.startswith("model")) and job.command[-1].endswith(".py")
-    assert len({argument for job in jobs for argument in job.command if argument.startswith("--basetemp")}) == len(jobs)
+    more = dict(libraries={"native": tmp_path / "lib", "portable": tmp_path / "ptx"}, scratch=tmp_path, workers=3, sanitizer="CS")
+
+    def jobs(*steps, **change):
+        return [[job.name for job in group] for group in make_jobs(source, list(steps), [], **more | change)]
+
+    assert jobs(*gpu_check.STEPS) == [["native"], ["portable"], ["memcheck", "racecheck", "initcheck", "synccheck"]]
+    assert jobs("portable", "initcheck") == [["portable"], ["initcheck"]]
+    assert jobs("native", sanitizer=None) == [["native"]]
+    (source / "csrc" / "cuda" / "kda" / "kda_sm90.cuh").touch()
+    assert jobs("native", "memcheck", "initcheck") == [["native"], ["memcheck", "initcheck"], ["memcheck portable", "initcheck portable"]]
+    for job in (job for group in make_jobs(source, gpu_check.STEPS, [], **more) for job in group):
+        assert job.environment["KIMI_CUDA_PATH"] == ("portable" if job.name.endswith("portable") else "")
+        assert job.environment["KIMI_NATIVE_LIB_DIR"] == str(tmp_path / ("ptx" if job.name == "portable" else "lib"))
+        sanitized = job.step in gpu_check.SANITIZERS
+        assert ("KIMI_SANITIZER" in job.environment) == sanitized == (job.command[:3] == ["CS", "--tool", job.step])
+        assert (str(source / "tests" / "test_model.py") in job.command) != sanitized
+        assert f"--junitxml={job.report}" in job.command and ("-n" in job.command) != sanitized
 
 
 @pytest.mark.parametrize(
-    "code, output, must_run, expected",
+    "code, output, expected",
     [
-        (0, "12 passed in 1.20s", True, (True, "12 ok")),
-        (0, "====== 12 passed, 3 skipped, 1 deselected in 71.20s (0:01:11) ======", True, (True, "12 ok")),
-        (1, "1 failed, 12 passed, 2 errors in 1.20s", True, (False, "3 FAILED")),
-        (0, "3 skipped, 1 deselected in 0.1s", True, (False, "no test")),
-        (0, "3 skipped, 1 deselected in 0.1s", False, (True, "-")),
-        (5, "4 deselected in 0.1s", True, (False, "no test")),
-        (5, "4 deselected in 0.1s", False, (True, "-")),
-        (-11, "Fatal Python error: Segmentation fault", True, (False, "exit -11")),
-        (2, "1 error in 0.3s", False, (False, "1 FAILED")),
-        (1, "a test prints: 3 passed in 2.0s\n1 failed, 2 passed in 0.1s", False, (False, "1 FAILED")),
-        (1, "12 passed in 1.20s\ncrashed at exit", True, (False, "exit 1")),
-        (0, "", True, (False, "no test")),
+        (0, "12 passed in 1.20s", (True, "12 ok")),
+        (0, "====== 12 passed, 3 skipped, 1 deselected in 71.20s (0:01:11) ======", (True, "12 ok")),
+        (1, "1 failed, 12 passed, 2 errors in 1.20s", (False, "3 FAILED")),
+        (0, "3 skipped, 1 deselected in 0.1s", (False, "no test")),
+        (5, "4 deselected in 0.1s", (False, "no test")),
+        (-11, "Fatal Python error: Segmentation fault", (False, "exit -11")),
+        (2, "1 error in 0.3s", (False, "1 FAILED")),
+        (1, "a test prints: 3 passed in 2.0s\n1 failed, 2 passed in 0.1s", (False, "1 FAILED")),
+        (1, "12 passed in 1.20s\ncrashed at exit", (False, "exit 1")),
+        (0, "", (False, "no test")),
     ],
 )
-def test_judging_tests(code, output, must_run, expected):
-    assert judge_tests(code, output, must_run=must_run) == expected
+def test_judging_tests(code, output, expected):
+    assert judge_tests(code, output) == expected
 
 
 OURS = """========= Uninitialized __global__ memory read of size 4 bytes
@@ -125,37 +125,43 @@ def test_judging_sanitizers(tool, code, output, expected):
     assert judge_sanitizer(tool, code, output) == expected
 
 
-def job(step: str, row: str, code: str, timeout: float = 60) -> Job:
-    return Job(step, row, [sys.executable, "-c", code], {"KIMI_TEST_WORD": row}, timeout, must_run=True)
+def job(name: str, code: str, timeout: float = 60) -> Job:
+    return Job(name, name.split()[0], [sys.executable, "-c", code], {"KIMI_TEST_WORD": name}, timeout, Path("/does/not/exist"))
 
 
 def test_running_jobs(tmp_path):
-    slow = "import subprocess, sys, time; print('begun', flush=True); subprocess.run(['sleep', '60'])"
-    jobs = [
-        job("native", "good", "import os; print(os.environ['KIMI_TEST_WORD']); print('3 passed in 0.1s')"),
-        job("native", "bad", "print('E   wrong'); print('1 failed in 0.1s'); raise SystemExit(1)"),
-        job("memcheck", "slow", slow, timeout=1),
+    slow = "import subprocess; print('tests/x.py::test_f PASSED [ 3%]\\n..s.. [ 9%]', flush=True); subprocess.run(['sleep', '60'])"
+    groups = [
+        [job("native", "import os; print(os.environ['KIMI_TEST_WORD']); print('3 passed in 0.1s')")],
+        [job("memcheck", slow, timeout=1), job("racecheck portable", "print('E   wrong'); print('1 failed in 0.1s'); raise SystemExit(1)")],
     ]
     start = time.monotonic()
-    results = run_jobs(jobs, 2, start + 60, tmp_path)
+    results = run_jobs(groups, start + 60, tmp_path)
     assert time.monotonic() - start < 30
-    found = {r.job.row: (r.good, r.text) for r in results}
-    assert found == {"good": (True, "3 ok"), "bad": (False, "1 FAILED"), "slow": (False, "> 1 s")}
+    found = [(r.job.name, r.good, r.text) for r in results]
+    assert found[0] == ("native", True, "3 ok") and found[2] == ("racecheck portable", False, "1 FAILED")
+    assert found[1] == ("memcheck", False, "stopped after 1 s and 6 tests")
     log = (tmp_path / "native.log").read_text()
-    assert "##### good: 3 ok" in log and "KIMI_TEST_WORD=good" in log and "E   wrong" in log
-    assert "begun" in (tmp_path / "memcheck.log").read_text()
+    assert log.startswith("KIMI_TEST_WORD=native ") and "\nnative\n3 passed in 0.1s\n\n3 ok, " in log
+    assert "E   wrong" in (tmp_path / "racecheck-portable.log").read_text()
     text = gpu_check.failures(results)
-    assert "--- native bad: 1 FAILED" in text and "E   wrong" in text and "good" not in text
+    assert "--- racecheck portable: 1 FAILED\nE   wrong" in text and "native" not in text
+
+
+def test_findings_come_first_in_the_summary():
+    text = OURS + "a line\n" * 100
+    found = gpu_check.failures([Result(job("memcheck", ""), False, "1 FOUND", 1.0, {}, "noise\n" * 100 + text)])
+    assert found.splitlines()[1] == OURS.splitlines()[0] and "Host Frame" not in found and len(found.splitlines()) == 51
 
 
 def test_after_the_deadline_nothing_starts(tmp_path):
-    results = run_jobs([job("native", "late", "print('3 passed in 0.1s')")], 1, time.monotonic() - 1, tmp_path)
+    results = run_jobs([[job("native", "print('3 passed in 0.1s')")]], time.monotonic() - 1, tmp_path)
     assert [(r.good, r.text) for r in results] == [(False, "no time left")]
 
 
 def test_a_job_that_ran_out_of_time_leaves_no_process(tmp_path):
     code = f"import os, subprocess; p = subprocess.Popen(['sleep', '60']); open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
-    run_jobs([job("native", "slow", code, timeout=2)], 1, time.monotonic() + 60, tmp_path)
+    run_jobs([[job("native", code, timeout=2)]], time.monotonic() + 60, tmp_path)
     pid = int((tmp_path / "pid").read_text())
     for _ in range(50):  # until it is reaped
         try:
@@ -170,13 +176,27 @@ def test_a_job_that_ran_out_of_time_leaves_no_process(tmp_path):
     pytest.fail("the child still runs")
 
 
-def test_table():
-    results = [Result(job("native", "rms_norm", ""), True, "12 ok", 3.4), Result(job("memcheck", "kda", ""), False, "> 9 s", 9.1)]
-    assert table(results, ["native", "memcheck"]).splitlines() == [
-        "          native    memcheck",
-        "kda                 > 9 s 9s",
-        "rms_norm  12 ok 3s",
+def test_table(tmp_path):
+    (tmp_path / "report.xml").write_text(
+        """<testsuites><testsuite>
+        <testcase classname="tests.test_rms_norm" name="test_a[1]" time="1.5"/>
+        <testcase classname="tests.test_rms_norm" name="test_a[2]" time="2.0"><skipped/></testcase>
+        <testcase classname="tests.test_kda" name="test_b" time="1.0"><failure>text</failure></testcase>
+        </testsuite></testsuites>"""
+    )
+    files = count_files(tmp_path / "report.xml")
+    assert files == {"rms_norm": "1 ok 4s", "kda": "1 FAILED"} and count_files(tmp_path / "none.xml") == {}
+    results = [
+        Result(job("native", ""), False, "1 FAILED", 8.4, files),
+        Result(job("memcheck", ""), True, "9 ok", 9.1, {"kda": "9 ok 7s"}),
     ]
+    assert table(results).splitlines() == [
+        "          native       memcheck",
+        "kda       1 FAILED     9 ok 7s",
+        "rms_norm  1 ok 4s",
+        "all       1 FAILED 8s  9 ok 9s",
+    ]
+    assert judge(results[1].job, None, "", 12.0) == (False, "stopped after 12 s and 0 tests")
 
 
 def test_build_that_is_not_there(tmp_path):

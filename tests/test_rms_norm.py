@@ -73,6 +73,21 @@ def test_rows_are_independent_of_neighbours(device, dtype):
 
 
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("dim", [40, 2304, 5000])
+def test_few_rows_and_many_rows_are_the_same_bits(dim, device, dtype):
+    """On a GPU there is a kernel for each."""
+    rows = 1030
+    x, residual = (randn(rows, dim, dtype=dtype, device=device, seed=s) for s in (1, 2))
+    weight = randn(dim, dtype=dtype, device=device, seed=3)
+    few_residual, many_residual = residual[:5].clone(), residual.clone()
+    few = rms_norm(x[:5], weight, residual=few_residual)
+    assert_same_bits(rms_norm(x, weight, residual=many_residual)[:5], few)
+    assert_same_bits(many_residual[:5], few_residual, "residual")
+    ref, _ = spec(x, weight, 1e-5, residual)
+    assert_close(rms_norm(x, weight, residual=residual.clone()), ref, MAX_R[dtype])
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_memory_that_is_not_aligned(device, dtype):
     x, weight = randn(3 * 72 + 1, dtype=dtype, device=device)[1:].view(3, 72), randn(72, dtype=dtype, device=device, seed=1)
     ref, _ = spec(x, weight, 1e-5)

@@ -65,6 +65,7 @@ __device__ __forceinline__ void scale_and_gate(const Packed<T, kVec<T>>& x, cons
 
 // Rows are numbered token * num_heads + head. Which lane holds which element, and the order of a sum, depends on
 // nothing but dim and the type. Rows longer than one vector a lane (kRows 1 only) are read twice.
+// SASS: 16-byte loads
 template <typename T, int kRows, bool Wide>
 __global__ void __launch_bounds__(kThreads, kResident) gated_rms_norm_kernel(GatedRmsNormParams p, int log2_lanes) {
   using Part = Packed<T, kVec<T>>;

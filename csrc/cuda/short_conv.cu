@@ -3,7 +3,7 @@
 // Grid: (run of tokens) x (block of channels), channels fastest. A thread owns the channels of one 16-byte vector and
 // walks down its run with the last three inputs and the taps in registers. The inputs ahead of it come in by
 // asynchronous copies through a ring in shared memory of which it uses its own column alone, so nobody waits for
-// anybody: 8 copies a thread, 80 KB an SM under way all the time. x is read and out written once (2 * size_of(dtype)
+// anybody: 8 copies a thread, 64 KB an SM under way all the time. x is read and out written once (2 * size_of(dtype)
 // bytes an element; 3 rows of a run are read twice, out of L2), bound by memory. SiLU takes two special-function
 // operations an element, half of the time that the bytes take.
 //
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int kThreads = 128;      // 1,024 channels in 16-bit types
 constexpr int kAhead = 8;          // tokens whose inputs are under way for a thread; a multiple of the taps
-constexpr int kResident = 5;       // blocks that an SM holds: 96 registers a thread
+constexpr int kResident = 4;       // blocks that an SM holds: 128 registers a thread
 constexpr int kMaxRunTokens = 32;  // so that reading 3 rows twice and the taps (64 bytes a thread) hardly count
 constexpr int kBlocksPerSm = 8;    // shorter runs only where longer ones would not give each SM this many
 constexpr int kPast = kShortConvTaps - 1;

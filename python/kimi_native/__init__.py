@@ -4,8 +4,7 @@ from kimi_native._loader import load_bindings, load_ops
 
 __version__ = "0.1.0"
 
-load_ops()
-_C = load_bindings()
+_C = load_bindings(load_ops().parent)
 
 from kimi_native import ops  # noqa: E402  (needs the loaded operators)
 from kimi_native.cache import KdaCache, LatentCache, SequenceCache  # noqa: E402

@@ -33,18 +33,17 @@ def load_ops() -> Path:
     raise ImportError(f"kimi_native is not built: no _ops.so in {looked}. In a source checkout run `make build`; otherwise `pip install .`")
 
 
-def load_bindings() -> ModuleType | None:
-    """The pybind11 module `_C`, or None in an ops-only build: the torch operators do not need it."""
-    for directory in _directories():
-        for library in sorted(directory.glob("_C.*so")):
-            spec = importlib.util.spec_from_file_location("kimi_native._C", library)
-            if spec is None or spec.loader is None:
-                continue
-            try:
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-            except ImportError:  # built for another Python
-                continue
-            sys.modules["kimi_native._C"] = module
-            return module
+def load_bindings(directory: Path) -> ModuleType | None:
+    """The pybind11 module `_C` beside the operators, of the same build; None in an ops-only build: the operators do not need it."""
+    for library in sorted(directory.glob("_C.*so")):
+        spec = importlib.util.spec_from_file_location("kimi_native._C", library)
+        if spec is None or spec.loader is None:
+            continue
+        try:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except ImportError:  # built for another Python
+            continue
+        sys.modules["kimi_native._C"] = module
+        return module
     return None

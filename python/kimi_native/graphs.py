@@ -13,6 +13,8 @@ from torch import Tensor
 from kimi_native.cache import PAGE_TOKENS, KdaCache, LatentCache, SequenceCache
 from kimi_native.model import Batch, KimiLinear, greedy, to_device
 
+# Token, latent row, state slot and length of a row of padding.
+_NOBODY = (0, -1, -1, 0)
 MAX_ROWS = 512  # steps of more sequences run without a graph
 
 
@@ -38,7 +40,8 @@ class DecodeGraphs:
         # token, latent row, state slot, length: one copy to the device a step
         self._inputs = torch.zeros(4, self.max_rows, dtype=torch.int64, device=model.device)
         self._block_table = torch.full((self.max_rows, max(1, width)), -1, dtype=torch.int32, device=model.device)
-        self._pages: list[list[int]] = [[] for _ in range(self.max_rows)]  # what the table's rows hold
+        # What the table's rows hold: a sequence's own list of pages (which only ever grows) and how many of them.
+        self._rows: list[tuple[list[int], int]] = [([], 0) for _ in range(self.max_rows)]
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -51,13 +54,16 @@ class DecodeGraphs:
         count = len(sequences)
         rows = padded_rows(count)
         self.capture(count)
-        inputs = torch.tensor([[0], [-1], [-1], [0]], dtype=torch.int64).repeat(1, rows)
-        for i, (sequence, token) in enumerate(sequences):
+        padding = rows - count
+        inputs: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
+        for sequence, token in sequences:
             at = sequence.num_tokens
             sequence.reserve(at + 1)
-            inputs[0, i], inputs[1, i] = token, sequence.pages[at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS
-            inputs[2, i], inputs[3, i] = sequence.slot, at + 1
-        self._inputs[:, :rows].copy_(inputs.pin_memory(), non_blocking=True)
+            row = (token, sequence.pages[at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS, sequence.slot, at + 1)
+            for values, value in zip(inputs, row):
+                values.append(value)
+        padded = torch.tensor([values + [nobody] * padding for values, nobody in zip(inputs, _NOBODY)], dtype=torch.int64)
+        self._inputs[:, :rows].copy_(padded.pin_memory(), non_blocking=True)
         self._write_block_table([sequence.pages for sequence, _ in sequences])
         graph, logits, best = self._graphs[rows]
         graph.replay()
@@ -69,13 +75,12 @@ class DecodeGraphs:
         what: list[int] = []
         width = self._block_table.shape[1]
         for row, pages in enumerate(tables):
-            held = self._pages[row]
-            if held == pages:
-                continue
-            same = len(held) if pages[: len(held)] == held else 0
-            where += range(row * width + same, row * width + len(pages))
-            what += pages[same:]
-            self._pages[row] = list(pages)
+            held, count = self._rows[row]
+            same = count if held is pages else 0
+            if same < len(pages):
+                where += range(row * width + same, row * width + len(pages))
+                what += pages[same:]
+                self._rows[row] = pages, len(pages)
         if where:
             changes = to_device(torch.tensor([where, what], dtype=torch.int64), self._block_table.device)
             self._block_table.view(-1).index_copy_(0, changes[0], changes[1].to(torch.int32))
@@ -96,7 +101,7 @@ class DecodeGraphs:
             )
             return logits, greedy(logits)
 
-        self._inputs[:, :rows].copy_(torch.tensor([[0], [-1], [-1], [0]]))  # padding alone: the run below changes no cache
+        self._inputs[:, :rows].copy_(torch.tensor(_NOBODY)[:, None])  # padding alone: the run below changes no cache
         stream = torch.cuda.Stream(self._model.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -1,9 +1,11 @@
 #include "emulator.h"
 
+#include <dlfcn.h>
 #include <signal.h>
 #include <sys/mman.h>
 
 #include <numeric>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -177,6 +179,8 @@ class FaultHandler {
   static inline struct sigaction before_;
 };
 
+std::set<const void*> launched;
+
 void start(int index) {
   unsigned char* top = block.stacks + (static_cast<size_t>(index) + 1) * kStackBytes;
   void** sp = reinterpret_cast<void**>(top);
@@ -261,6 +265,10 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
   }
 }
 
+void note_launch(const void* kernel) {
+  launched.insert(kernel);
+}
+
 void block_barrier(int id, int threads) {
   Barrier& barrier = block.barriers[id];
   if (!barrier.waiting.empty() && barrier.expected != threads) fail("a barrier with two different thread counts");
@@ -326,3 +334,16 @@ void copy_async_wait(int newest_groups_left) {
 }
 
 }  // namespace kimi::emulator
+
+// The kernels that ran since the last call, as offsets in this library; how many there are.
+extern "C" __attribute__((visibility("default"))) int kimi_emulator_launches(uint64_t* offsets, int capacity) {
+  int count = 0;
+  for (const void* kernel : kimi::emulator::launched) {
+    Dl_info library;
+    if (count < capacity && dladdr(kernel, &library) != 0)
+      offsets[count++] =
+          static_cast<uint64_t>(static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase));
+  }
+  kimi::emulator::launched.clear();
+  return count;
+}

@@ -52,6 +52,9 @@ extern Thread* current;
 // Runs body() once per thread of the grid.
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
+// Remembers which kernels ran, for tests/launches.py.
+void note_launch(const void* kernel);
+
 // Waits until `threads` threads (0: all that have not returned) of the block are at barrier `id`.
 void block_barrier(int id, int threads);
 

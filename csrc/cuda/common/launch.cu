@@ -13,7 +13,11 @@ static int attribute(cudaDeviceAttr which) {
 }
 
 int multiprocessors() {
-  return attribute(cudaDevAttrMultiProcessorCount);
+  static const int forced = [] {
+    const char* count = std::getenv("KIMI_CUDA_MULTIPROCESSORS");
+    return count != nullptr ? std::atoi(count) : 0;
+  }();
+  return forced > 0 ? forced : attribute(cudaDevAttrMultiProcessorCount);
 }
 
 int compute_capability() {

@@ -19,7 +19,8 @@
 
 namespace kimi::cuda {
 
-// Of the current device.
+// Of the current device. The environment variable KIMI_CUDA_MULTIPROCESSORS (read once) gives it another number of
+// multiprocessors, for tests: with few of them small problems take the kernels of large ones.
 int multiprocessors();
 int compute_capability();  // 90 for 9.0
 

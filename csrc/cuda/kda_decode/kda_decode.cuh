@@ -1,6 +1,6 @@
 // The kernel of kda_decode and kda_decode_fused (kimi/kda_decode.h, recurrence in kimi/kda.h). Portable.
 //
-// Grid: (sequence, value head, slice of state rows). A row of the state (one value dimension) evolves
+// Grid: (slice of state rows, value head, sequence). A row of the state (one value dimension) evolves
 // on its own, so slices never change a bit; the fused form with its norm over all rows takes one block per head.
 //
 // The state is read once and written once, 2 * 4 * value_dim * key_dim bytes a head (128 KB at 128 x 128), whatever the
@@ -35,6 +35,7 @@ inline constexpr int kRowLanes = 8;  // lanes of one row
 inline constexpr int kRowsAtOnce = kWarp / kRowLanes;
 inline constexpr int kMaxDim = 256;  // of keys and of values
 inline constexpr int kPast = kShortConvTaps - 1;
+inline constexpr int64_t kMaxGridZ = 65535;
 
 // How the kernel is compiled. kVectors: 16-byte vectors that a thread holds of each of its rows. Ordinarily key_dim is
 // exactly 32 * kVectors and all memory is aligned for accesses of four elements; with kGeneral it is anything up to
@@ -369,19 +370,20 @@ struct StateTile {
   }
 };
 
-// Grid: (sequence, value head, slice).
+// Grid: (slice, value head, sequence from first_sequence on): blocks in the order of their memory.
 // SASS: 16-byte loads
 template <typename Config>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, 2) kda_decode_kernel(KdaDecodeFusedParams p, int heads_per_key) {
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
+    kda_decode_kernel(KdaDecodeFusedParams p, int heads_per_key, int64_t first_sequence) {
   using T = typename Config::T;
   constexpr int kKeys = Config::kKeys, kWarpRows = Config::kWarpRows;
   auto& shared = shared_memory<SharedStorage<kKeys>>();
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t n = blockIdx.x, hv = blockIdx.y;
+  const int64_t n = first_sequence + blockIdx.z, hv = blockIdx.y;
   const int num_tokens = static_cast<int>(p.kda.tokens_per_sequence);
   const int key_dim = Config::kGeneral ? static_cast<int>(p.kda.key_dim) : kKeys;
   const int value_dim = static_cast<int>(p.kda.value_dim);
-  const int slice_rows = gridDim.z == 1 ? value_dim : warps * kWarpRows, first_row = blockIdx.z * slice_rows;
+  const int slice_rows = gridDim.x == 1 ? value_dim : warps * kWarpRows, first_row = blockIdx.x * slice_rows;
   const int end_row = first_row + slice_rows < value_dim ? first_row + slice_rows : value_dim;
   const int32_t slot = p.kda.slots[n];
 
@@ -460,11 +462,15 @@ void launch_kernel(const KdaDecodeFusedParams& p, bool aligned, ShapeOf&& shape_
   dispatch_dtype(p.kda.dtype, [&]<typename T>() {
     const auto run = [&]<typename Config>() {
       const Shape shape = shape_of(Config::kWarpRows);
-      launch(kda_decode_kernel<Config>,
-             dim3(static_cast<unsigned>(p.kda.num_sequences), static_cast<unsigned>(p.kda.num_value_heads),
-                  static_cast<unsigned>(shape.slices)),
-             dim3(static_cast<unsigned>(shape.warps * kWarp)), p.kda.tokens_per_sequence * sizeof(Token<Config::kKeys>),
-             stream, p, static_cast<int>(p.kda.num_value_heads / p.kda.num_heads));
+      for (int64_t first = 0; first < p.kda.num_sequences; first += kMaxGridZ) {
+        const int64_t left = p.kda.num_sequences - first;
+        launch(kda_decode_kernel<Config>,
+               dim3(static_cast<unsigned>(shape.slices), static_cast<unsigned>(p.kda.num_value_heads),
+                    static_cast<unsigned>(left < kMaxGridZ ? left : kMaxGridZ)),
+               dim3(static_cast<unsigned>(shape.warps * kWarp)),
+               p.kda.tokens_per_sequence * sizeof(Token<Config::kKeys>), stream, p,
+               static_cast<int>(p.kda.num_value_heads / p.kda.num_heads), first);
+      }
     };
     if (aligned && p.kda.key_dim == 64) {
       run.template operator()<Config<T, 2, kFused, false>>();

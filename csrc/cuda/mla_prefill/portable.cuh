@@ -76,9 +76,9 @@ struct LaneRow {
 };
 
 // 8 elements from global to shared memory; zeros when not valid. Plain loads where addresses are not multiples of 16.
-template <typename T, bool kVector>
+template <typename T, bool Vector>
 __device__ __forceinline__ void copy_chunk(T* to, const T* from, bool valid) {
-  if constexpr (kVector) {
+  if constexpr (Vector) {
     cp_async_16(to, from, valid);
   } else {
     Vec<T, 8> chunk;
@@ -102,204 +102,236 @@ __device__ __forceinline__ bool is_finite(float x) {
   return x - x == 0.0f;
 }
 
-// `scale`: log2 units per unit of q k, positive.
-// SASS: tensor cores, 16-byte loads
-template <typename T, bool kVector>
-__global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillParams p, int64_t num_tiles, float scale) {
-  PrefillShared<T>& shared = shared_memory<PrefillShared<T>>();
-  const int thread = threadIdx.x, lane = thread % kWarp;
-  const int first_row = thread / kWarp * kWarpRows;  // of the warp
+// One tile.
+template <typename T, bool Vector>
+class PrefillTile {
+ public:
+  // `scale`: log2 units per unit of q k, positive; the sign of p.scale goes to q.
+  __device__ PrefillTile(const MlaPrefillParams& p, const float& scale, PrefillShared<T>& shared)
+      : p_(p), scale_(scale), shared_(shared), tile_(shared.tile) {}
 
-  // Phase 0: which tile. A warp's blocks of keys end where its last row's keys end.
-  QueryTile& tile = shared.tile;
-  {
-    const QueryTile found = query_tile(p, kRows, num_tiles, (kNopeDim + kValueDim) * sizeof(T));
-    if (found.rows == 0) return;
-    if (thread < kWarp) {
-      shared.a_swizzle[lane] = (lane / 16 ^ lane % 8) * 8;
-      shared.b_swizzle[lane] = (lane / 8 % 2 ^ lane % 8) * 8;
+  __device__ void run(int64_t num_tiles) {
+    if (!find_tile(num_tiles)) return;
+    const int num_blocks = ceil_div(tile_.end_of(0, kRows), kKeyBlock);
+    if (num_blocks > 0) {
+      load_q();
+      load_keys(0, 0);
+      cp_async_commit();
+      if (p_.scale < 0) {
+        cp_async_wait<0>();
+        negate_q();
+      }
     }
-    if (thread == 0) {
-      tile = found;
-      shared.k_nope =
-          static_cast<const T*>(p.k_nope) + found.k_at * p.k_nope_stride + found.head * p.k_nope_head_stride;
-      shared.k_rope = static_cast<const T*>(p.k_rope) + found.k_at * p.k_rope_stride;
-      shared.v = static_cast<const T*>(p.v) + found.k_at * p.v_stride + found.head * p.v_head_stride;
+#pragma unroll 1
+    for (int block = 0; block < num_blocks; ++block) {
+      const int first_key = block * kKeyBlock;
+      // These keys have come and nobody reads the values or the other keys any more: fetch those of next.
+      cp_async_wait<0>();
+      __syncthreads();
+      load_values(block);
+      cp_async_commit();
+      if (block + 1 < num_blocks) load_keys(block + 1, (block + 1) % 2);
+      cp_async_commit();
+
+      const bool active = first_key < tile_.end_of(first_row_, kWarpRows);
+      float s[2][kKeyBlock / 8][4];
+      uint32_t probabilities[2][2][4];
+      if (active) {
+        scores(s, shared_.keys[block % 2]);
+        mask(s, first_key);
+        raise_maximum(s);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) exponentiate(s, probabilities[0], 0, i / 4, i % 4);
+      }
+      // The values have come. Where a row of the tile may not see all keys they are cleaned.
+      cp_async_wait<1>();
+      bool cleaned = false;
+      if (first_key + kKeyBlock > tile_.first_end) {
+        cleaned = __syncthreads_or(clean_values());
+      } else {
+        __syncthreads();
+      }
+      if (!active) continue;
+      add_values(s, probabilities);
+      if (cleaned) add_not_finite(first_key);
+    }
+    cp_async_wait<0>();
+    finish();
+  }
+
+ private:
+  // Which tile this is; false if none.
+  __device__ bool find_tile(int64_t num_tiles) {
+    const QueryTile found = query_tile(p_, kRows, num_tiles, (kNopeDim + kValueDim) * sizeof(T));
+    if (found.rows == 0) return false;
+    if (thread_ < kWarp) {
+      shared_.a_swizzle[lane_] = (lane_ / 16 ^ lane_ % 8) * 8;
+      shared_.b_swizzle[lane_] = (lane_ / 8 % 2 ^ lane_ % 8) * 8;
+    }
+    if (thread_ == 0) {
+      shared_.tile = found;
+      shared_.k_nope =
+          static_cast<const T*>(p_.k_nope) + found.k_at * p_.k_nope_stride + found.head * p_.k_nope_head_stride;
+      shared_.k_rope = static_cast<const T*>(p_.k_rope) + found.k_at * p_.k_rope_stride;
+      shared_.v = static_cast<const T*>(p_.v) + found.k_at * p_.v_stride + found.head * p_.v_head_stride;
     }
     __syncthreads();
+    return true;
   }
-  const int num_blocks = ceil_div(tile.end_of(0, kRows), kKeyBlock);
 
-  // Phase 1: loads, 8 threads a row, rows 16 apart: all chunks of a thread have the same swizzle.
-  const int load_row = thread / 8, load_chunk = thread % 8;
-  const auto load_keys = [&](int block, int stage) {
-    const int first = block * kKeyBlock + load_row, left = tile.num_keys - first;
-    T* to = &shared.keys[stage][swizzled<kKeyDim>(load_row, load_chunk)];
-    const T* nope = shared.k_nope + first * p.k_nope_stride + load_chunk * 8;
-    const T* rope = shared.k_rope + first * p.k_rope_stride + load_chunk * 8;
-#pragma unroll
-    for (int row = 0; row < kKeyBlock; row += kThreads / 8, to += kThreads / 8 * kKeyDim) {
-      copy_chunk<T, kVector>(to, nope, row < left);
-      copy_chunk<T, kVector>(to + 64, nope + 64, row < left);
-      copy_chunk<T, kVector>(to + kNopeDim, rope, row < left);
-      nope += kThreads / 8 * p.k_nope_stride;
-      rope += kThreads / 8 * p.k_rope_stride;
-    }
-  };
-  const auto load_values = [&](int block) {
-    const int first = block * kKeyBlock + load_row, left = tile.num_keys - first;
-    T* to = &shared.values[swizzled<kValueDim>(load_row, load_chunk)];
-    const T* v = shared.v + first * p.v_stride + load_chunk * 8;
-#pragma unroll
-    for (int row = 0; row < kKeyBlock; row += kThreads / 8, to += kThreads / 8 * kValueDim) {
-      copy_chunk<T, kVector>(to, v, row < left);
-      copy_chunk<T, kVector>(to + 64, v + 64, row < left);
-      v += kThreads / 8 * p.v_stride;
-    }
-  };
-  // Whether this thread's part of the value tile holds something that is not finite; that becomes 0.
-  const auto clean_values = [&] {
-    bool found = false;
-#pragma unroll 1
-    for (int i = 0; i < 2 * kKeyBlock; i += kThreads / 8) {
-      T* const at = &shared.values[swizzled<kValueDim>(load_row + i % kKeyBlock, load_chunk + i / kKeyBlock * 8)];
-      Vec<T, 8> chunk = load_vec<T, 8>(at);
-      if (!any_not_finite(chunk)) continue;
-      found = true;
-      for (int i = 0; i < 8; ++i)
-        if (!is_finite(to_float(chunk.x[i]))) chunk.x[i] = from_float<T>(0.0f);
-      store_vec(at, chunk);
-    }
-    return found;
-  };
+  // ---- Loads. Keys and values: 8 threads a row, so that all chunks of a thread have the same swizzle ----------------
 
-  if (num_blocks > 0) {
-    const T* const q = static_cast<const T*>(p.q) + tile.q_at * p.q_stride + tile.head * p.q_head_stride;
+  __device__ void load_q() {
+    const T* const q = static_cast<const T*>(p_.q) + tile_.q_at * p_.q_stride + tile_.head * p_.q_head_stride;
 #pragma unroll 4
-    for (int i = thread; i < kRows * (kKeyDim / 8); i += kThreads) {
+    for (int i = thread_; i < kRows * (kKeyDim / 8); i += kThreads) {
       const int row = i / (kKeyDim / 8), chunk = i % (kKeyDim / 8);
-      copy_chunk<T, kVector>(&shared.q[swizzled<kKeyDim>(row, chunk)], q + row * p.q_stride + chunk * 8,
-                             row < tile.rows);
+      copy_chunk<T, Vector>(&shared_.q[swizzled<kKeyDim>(row, chunk)], q + row * p_.q_stride + chunk * 8,
+                            row < tile_.rows);
     }
-    load_keys(0, 0);
-    cp_async_commit();
   }
-  if (num_blocks > 0 && p.scale < 0) {
-    cp_async_wait<0>();
-    for (int i = thread; i < kRows * (kKeyDim / 8); i += kThreads) {
+  // Each thread what it has loaded.
+  __device__ void negate_q() {
+    for (int i = thread_; i < kRows * (kKeyDim / 8); i += kThreads) {
       uint32_t* const at =
-          reinterpret_cast<uint32_t*>(&shared.q[swizzled<kKeyDim>(i / (kKeyDim / 8), i % (kKeyDim / 8))]);
+          reinterpret_cast<uint32_t*>(&shared_.q[swizzled<kKeyDim>(i / (kKeyDim / 8), i % (kKeyDim / 8))]);
 #pragma unroll
       for (int word = 0; word < 4; ++word) at[word] ^= 0x80008000u;
     }
   }
-
-  // Fragments: o[m][n] as accumulators of rows 16 m + g and + 8; what belongs to a row is indexed 2 m + half.
-  float o[2][kValueDim / 8][4] = {};
-  float max_log2[4], sum[4] = {};
+  __device__ void load_keys(int block, int stage) {
+    const int first = block * kKeyBlock + load_row_, left = tile_.num_keys - first;
+    T* to = &shared_.keys[stage][swizzled<kKeyDim>(load_row_, load_chunk_)];
+    const T* nope = shared_.k_nope + first * p_.k_nope_stride + load_chunk_ * 8;
+    const T* rope = shared_.k_rope + first * p_.k_rope_stride + load_chunk_ * 8;
 #pragma unroll
-  for (int r = 0; r < 4; ++r) max_log2[r] = kNoMaximum;
-
+    for (int row = 0; row < kKeyBlock; row += kThreads / 8, to += kThreads / 8 * kKeyDim) {
+      copy_chunk<T, Vector>(to, nope, row < left);
+      copy_chunk<T, Vector>(to + 64, nope + 64, row < left);
+      copy_chunk<T, Vector>(to + kNopeDim, rope, row < left);
+      nope += kThreads / 8 * p_.k_nope_stride;
+      rope += kThreads / 8 * p_.k_rope_stride;
+    }
+  }
+  __device__ void load_values(int block) {
+    const int first = block * kKeyBlock + load_row_, left = tile_.num_keys - first;
+    T* to = &shared_.values[swizzled<kValueDim>(load_row_, load_chunk_)];
+    const T* v = shared_.v + first * p_.v_stride + load_chunk_ * 8;
+#pragma unroll
+    for (int row = 0; row < kKeyBlock; row += kThreads / 8, to += kThreads / 8 * kValueDim) {
+      copy_chunk<T, Vector>(to, v, row < left);
+      copy_chunk<T, Vector>(to + 64, v + 64, row < left);
+      v += kThreads / 8 * p_.v_stride;
+    }
+  }
+  // Whether this thread's part of the values holds something that is not finite; that becomes 0.
+  __device__ bool clean_values() {
+    bool found = false;
 #pragma unroll 1
-  for (int block = 0; block < num_blocks; ++block) {
-    // Phase 2: these keys have come and nobody reads the values or the other keys any more: fetch those of next.
-    cp_async_wait<0>();
-    __syncthreads();
-    load_values(block);
-    cp_async_commit();
-    if (block + 1 < num_blocks) load_keys(block + 1, (block + 1) % 2);
-    cp_async_commit();
+    for (int i = 0; i < 2 * kKeyBlock; i += kThreads / 8) {
+      T* const at = &shared_.values[swizzled<kValueDim>(load_row_ + i % kKeyBlock, load_chunk_ + i / kKeyBlock * 8)];
+      Vec<T, 8> chunk = load_vec<T, 8>(at);
+      if (!any_not_finite(chunk)) continue;
+      found = true;
+      for (int e = 0; e < 8; ++e)
+        if (!is_finite(to_float(chunk.x[e]))) chunk.x[e] = from_float<T>(0.0f);
+      store_vec(at, chunk);
+    }
+    return found;
+  }
 
-    const int first_key = block * kKeyBlock;
-    const bool active = first_key < tile.end_of(first_row, kWarpRows);
-    float s[2][kKeyBlock / 8][4] = {};
-    uint32_t probabilities[2][2][4];  // operand a of the second product for 16 keys, and for the next 16
-    // Its register i of rows 16 m + [0, 16): rows g, g + 8, then the same of the next 8 keys.
-    const auto exponentiate = [&](int k, int m, int i) {
-      const int r = 2 * m + i % 2;
-      const float* const pair = &s[m][2 * k + i / 2][i % 2 * 2];
-      const float lo = exp2_approx(fmaf(pair[0], scale, -max_log2[r])),
-                  hi = exp2_approx(fmaf(pair[1], scale, -max_log2[r]));
-      probabilities[k % 2][m][i] = pack2<T>(lo, hi);
-      sum[r] += lo + hi;
-    };
-    if (active) {
-      // Phase 3: s = q k^T.
-      const LaneRow<T, kKeyDim> q_lane(shared.q, first_row + lane % 16, shared.a_swizzle[lane]);
-      const LaneRow<T, kKeyDim> k_lane(shared.keys[block % 2], lane % 8 + lane / 16 * 8, shared.b_swizzle[lane]);
+  // ---- A warp's 32 rows against a block of keys. s[m][n] is the accumulator of rows 16 m and keys 8 n
+  // ----------------
+
+  using Scores = float[2][kKeyBlock / 8][4];
+
+  __device__ void scores(Scores& s, const T* keys) {
+    const LaneRow<T, kKeyDim> q_lane(shared_.q, first_row_ + lane_ % 16, shared_.a_swizzle[lane_]);
+    const LaneRow<T, kKeyDim> k_lane(keys, lane_ % 8 + lane_ / 16 * 8, shared_.b_swizzle[lane_]);
 #pragma unroll
-      for (int k = 0; k < kKeyDim / 16; ++k) {
-        uint32_t a[2][4];
+    for (int m = 0; m < 2; ++m) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], q_lane.at(16 * m, 2 * k));
+      for (int n = 0; n < kKeyBlock / 8; ++n) {
 #pragma unroll
-        for (int n = 0; n < kKeyBlock / 8; n += 2) {
-          uint32_t b[4];
-          ldmatrix_x4(b, k_lane.at(8 * n, 2 * k));
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            mma_m16n8k16<T>(s[m][n], a[m], {b[0], b[1]});
-            mma_m16n8k16<T>(s[m][n + 1], a[m], {b[2], b[3]});
-          }
-        }
+        for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
       }
-      // Keys that a row does not see: -inf, whatever came out.
-      if (first_key + kKeyBlock > tile.num_keys || first_key + kKeyBlock > tile.first_end + first_row) {
+    }
+#pragma unroll
+    for (int k = 0; k < kKeyDim / 16; ++k) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], q_lane.at(16 * m, 2 * k));
+#pragma unroll
+      for (int n = 0; n < kKeyBlock / 8; n += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, k_lane.at(8 * n, 2 * k));
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int first_visible = tile.first_end + first_row + lane / 4;
-            const int end = min(first_visible + 16 * m + i / 2 * 8, tile.num_keys) - first_key - lane % 4 * 2 - i % 2;
-#pragma unroll
-            for (int n = 0; n < kKeyBlock / 8; ++n) s[m][n][i] = 8 * n < end ? s[m][n][i] : -INFINITY;
-          }
+          mma_m16n8k16<T>(s[m][n], a[m], {b[0], b[1]});
+          mma_m16n8k16<T>(s[m][n + 1], a[m], {b[2], b[3]});
         }
       }
-      // Phase 4: running maximum, and o, l in its units.
-      float factor[4];
-      bool rescale = false;
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        float largest = -INFINITY;
-#pragma unroll
-        for (int n = 0; n < kKeyBlock / 8; ++n)
-          largest = fmaxf(largest, fmaxf(s[r / 2][n][r % 2 * 2], s[r / 2][n][r % 2 * 2 + 1]));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * scale;
-        const bool raise = largest > max_log2[r];
-        factor[r] = raise ? exp2_approx(max_log2[r] - largest) : 1.0f;
-        if (raise) max_log2[r] = largest;
-        rescale |= raise;
-      }
-      if (__any_sync(0xffffffffu, rescale)) {
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-#pragma unroll
-            for (int n = 0; n < kValueDim / 8; ++n) o[m][n][i] *= factor[2 * m + i / 2];
-          }
-        }
-#pragma unroll
-        for (int r = 0; r < 4; ++r) sum[r] *= factor[r];
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) exponentiate(0, i / 4, i % 4);
     }
+  }
 
-    // Phase 5: the values have come. Where a row of the tile may not see all keys they are cleaned.
-    cp_async_wait<1>();
-    bool cleaned = false;
-    if (first_key + kKeyBlock > tile.first_end) {
-      cleaned = __syncthreads_or(clean_values());
-    } else {
-      __syncthreads();
+  // Keys that a row does not see: -inf, whatever came out.
+  __device__ void mask(Scores& s, int first_key) {
+    if (first_key + kKeyBlock <= tile_.num_keys && first_key + kKeyBlock <= tile_.first_end + first_row_) return;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row_end = tile_.first_end + first_row_ + lane_ / 4 + 16 * m + i / 2 * 8;
+        const int end = min(row_end, tile_.num_keys) - first_key - lane_ % 4 * 2 - i % 2;
+#pragma unroll
+        for (int n = 0; n < kKeyBlock / 8; ++n) s[m][n][i] = 8 * n < end ? s[m][n][i] : -INFINITY;
+      }
     }
-    if (!active) continue;
+  }
 
-    // Phase 6: o += p v, 16 keys at a time, and between the products p of the next 16 keys.
-    const LaneRow<T, kValueDim> v_lane(shared.values, lane % 16, shared.a_swizzle[lane]);
+  // The running maximum, and o and l in its units.
+  __device__ void raise_maximum(const Scores& s) {
+    float factor[4];
+    bool rescale = false;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      float largest = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kKeyBlock / 8; ++n)
+        largest = fmaxf(largest, fmaxf(s[r / 2][n][r % 2 * 2], s[r / 2][n][r % 2 * 2 + 1]));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * scale_;
+      const bool raise = largest > max_log2_[r];
+      factor[r] = raise ? exp2_approx(max_log2_[r] - largest) : 1.0f;
+      if (raise) max_log2_[r] = largest;
+      rescale |= raise;
+    }
+    if (!__any_sync(0xffffffffu, rescale)) return;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int n = 0; n < kValueDim / 8; ++n) o_[m][n][i] *= factor[2 * m + i / 2];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) sum_[r] *= factor[r];
+  }
+
+  // p as operand a of rows 16 m and keys 16 k: its register i is that of rows g or g + 8, then the same of keys + 8.
+  __device__ void exponentiate(const Scores& s, uint32_t (&a)[2][4], int k, int m, int i) {
+    const int r = 2 * m + i % 2;
+    const float* const pair = &s[m][2 * k + i / 2][i % 2 * 2];
+    const float lo = exp2_approx(fmaf(pair[0], scale_, -max_log2_[r]));
+    const float hi = exp2_approx(fmaf(pair[1], scale_, -max_log2_[r]));
+    a[m][i] = pack2<T>(lo, hi);
+    sum_[r] += lo + hi;
+  }
+
+  // o += p v, 16 keys at a time, and between the products p of the next 16 keys; that of the first ones is there.
+  __device__ void add_values(const Scores& s, uint32_t (&probabilities)[2][2][4]) {
+    const LaneRow<T, kValueDim> v_lane(shared_.values, lane_ % 16, shared_.a_swizzle[lane_]);
 #pragma unroll
     for (int k = 0; k < kKeyBlock / 16; ++k) {
 #pragma unroll
@@ -308,88 +340,110 @@ __global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillPara
         ldmatrix_x4_trans(b, v_lane.at(16 * k, n));
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          mma_m16n8k16<T>(o[m][n], probabilities[k % 2][m], {b[0], b[1]});
-          mma_m16n8k16<T>(o[m][n + 1], probabilities[k % 2][m], {b[2], b[3]});
+          mma_m16n8k16<T>(o_[m][n], probabilities[k % 2][m], {b[0], b[1]});
+          mma_m16n8k16<T>(o_[m][n + 1], probabilities[k % 2][m], {b[2], b[3]});
         }
-        if (k + 1 < kKeyBlock / 16) exponentiate(k + 1, n / 8, n / 2 % 4);
-      }
-    }
-    if (cleaned) {
-#pragma unroll 1
-      for (int key = first_key; key < first_key + kKeyBlock && key < tile.num_keys; ++key) {
-        const T* const value = shared.v + key * p.v_stride + lane % 4 * 2;
-#pragma unroll
-        for (int n = 0; n < kValueDim / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float x = to_float(value[8 * n + i]);
-            if (is_finite(x)) continue;
-#pragma unroll
-            for (int r = 0; r < 4; ++r)
-              if (key < tile.first_end + first_row + lane / 4 + 8 * r) o[r / 2][n][r % 2 * 2 + i] += x;
-          }
-        }
+        if (k + 1 < kKeyBlock / 16) exponentiate(s, probabilities[(k + 1) % 2], k + 1, n / 8, n / 2 % 4);
       }
     }
   }
-  cp_async_wait<0>();
 
-  // Phase 7: out = o / l, lse = ln(2) (m + log2 l). The warp's rows of q are free: staging for 16-byte
-  // stores.
-  float inverse[4];
+  // What clean_values took out, for the rows that see it.
+  __device__ void add_not_finite(int first_key) {
+#pragma unroll 1
+    for (int key = first_key; key < first_key + kKeyBlock && key < tile_.num_keys; ++key) {
+      const T* const value = shared_.v + key * p_.v_stride + lane_ % 4 * 2;
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int row = first_row + lane / 4 + 8 * r;
-    const bool blind = tile.first_end + row <= 0 || tile.num_keys <= 0;
-    float total = sum[r] + __shfl_xor_sync(0xffffffffu, sum[r], 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    inverse[r] = blind ? 0.0f : 1.0f / total;
-    if (p.lse && lane % 4 == 0 && row < tile.rows) {
-      p.lse[(tile.q_at + row) * p.num_heads + tile.head] = blind ? -INFINITY : natural_lse(max_log2[r], total);
+      for (int n = 0; n < kValueDim / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float x = to_float(value[8 * n + i]);
+          if (is_finite(x)) continue;
+#pragma unroll
+          for (int r = 0; r < 4; ++r)
+            if (key < tile_.first_end + first_row_ + lane_ / 4 + 8 * r) o_[r / 2][n][r % 2 * 2 + i] += x;
+        }
+      }
     }
   }
-  const int64_t out_at = tile.q_at * p.out_stride + tile.head * p.out_head_stride;
-  if (kVector && p.out_dtype != DType::kF32) {
+
+  // ---- out = o / l, lse = ln(2) (m + log2 l)
+  // -------------------------------------------------------------------------
+
+  __device__ void finish() {
+    float inverse[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int row = first_row_ + lane_ / 4 + 8 * r;
+      const bool blind = tile_.first_end + row <= 0 || tile_.num_keys <= 0;
+      float total = sum_[r] + __shfl_xor_sync(0xffffffffu, sum_[r], 1);
+      total += __shfl_xor_sync(0xffffffffu, total, 2);
+      inverse[r] = blind ? 0.0f : 1.0f / total;
+      if (p_.lse && lane_ % 4 == 0 && row < tile_.rows)
+        p_.lse[(tile_.q_at + row) * p_.num_heads + tile_.head] = blind ? -INFINITY : natural_lse(max_log2_[r], total);
+    }
+    const int64_t out_at = tile_.q_at * p_.out_stride + tile_.head * p_.out_head_stride;
+    if (Vector && p_.out_dtype != DType::kF32) {
+      write_vectors(inverse, static_cast<T*>(p_.out) + out_at);
+    } else if (p_.out_dtype == DType::kF32) {
+      write_elements(inverse, static_cast<float*>(p_.out) + out_at);
+    } else {
+      write_elements(inverse, static_cast<T*>(p_.out) + out_at);
+    }
+  }
+  // Through the warp's own rows of q, to stores of 16 bytes.
+  __device__ void write_vectors(const float (&inverse)[4], T* out) {
     __syncwarp();
 #pragma unroll
     for (int n = 0; n < kValueDim / 8; ++n) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int at = swizzled<kKeyDim>(first_row + lane / 4 + 8 * r, n) + lane % 4 * 2;
-        *reinterpret_cast<uint32_t*>(&shared.q[at]) =
-            pack2<T>(o[r / 2][n][r % 2 * 2] * inverse[r], o[r / 2][n][r % 2 * 2 + 1] * inverse[r]);
+        const int at = swizzled<kKeyDim>(first_row_ + lane_ / 4 + 8 * r, n) + lane_ % 4 * 2;
+        *reinterpret_cast<uint32_t*>(&shared_.q[at]) =
+            pack2<T>(o_[r / 2][n][r % 2 * 2] * inverse[r], o_[r / 2][n][r % 2 * 2 + 1] * inverse[r]);
       }
     }
     __syncwarp();
-    T* const out = static_cast<T*>(p.out) + out_at;
 #pragma unroll
     for (int i = 0; i < kWarpRows; i += kWarp / 16) {
-      const int row = first_row + i + lane / 16;
-      if (row < tile.rows) {
-        store_vec(out + row * p.out_stride + lane % 16 * 8,
-                  load_vec<T, 8>(&shared.q[swizzled<kKeyDim>(row, lane % 16)]));
-      }
+      const int row = first_row_ + i + lane_ / 16;
+      if (row >= tile_.rows) continue;
+      store_vec(out + row * p_.out_stride + lane_ % 16 * 8,
+                load_vec<T, 8>(&shared_.q[swizzled<kKeyDim>(row, lane_ % 16)]));
     }
-    return;
   }
+  template <typename Out>
+  __device__ void write_elements(const float (&inverse)[4], Out* out) {
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int row = first_row + lane / 4 + 8 * r;
-    if (row >= tile.rows) continue;
+    for (int r = 0; r < 4; ++r) {
+      const int row = first_row_ + lane_ / 4 + 8 * r;
+      if (row >= tile_.rows) continue;
+      Out* const to = out + row * p_.out_stride + lane_ % 4 * 2;
 #pragma unroll
-    for (int n = 0; n < kValueDim / 8; ++n) {
+      for (int n = 0; n < kValueDim / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t at = out_at + row * p.out_stride + 8 * n + lane % 4 * 2 + i;
-        const float x = o[r / 2][n][r % 2 * 2 + i] * inverse[r];
-        if (p.out_dtype == DType::kF32) {
-          static_cast<float*>(p.out)[at] = x;
-        } else {
-          static_cast<T*>(p.out)[at] = from_float<T>(x);
-        }
+        for (int i = 0; i < 2; ++i) to[8 * n + i] = from_float<Out>(o_[r / 2][n][r % 2 * 2 + i] * inverse[r]);
       }
     }
   }
+
+  const MlaPrefillParams& p_;
+  const float& scale_;
+  PrefillShared<T>& shared_;
+  const QueryTile& tile_;
+  // Divided while unsigned: a shift.
+  const int thread_ = threadIdx.x, lane_ = threadIdx.x % kWarp, first_row_ = threadIdx.x / kWarp * kWarpRows;
+  const int load_row_ = threadIdx.x / 8, load_chunk_ = threadIdx.x % 8;
+  // o_[m][n] is the accumulator of rows 16 m and columns 8 n; what belongs to row 16 m + 8 half + g is indexed 2 m +
+  // half.
+  float o_[2][kValueDim / 8][4] = {};
+  float max_log2_[4] = {kNoMaximum, kNoMaximum, kNoMaximum, kNoMaximum}, sum_[4] = {};
+};
+
+// SASS: tensor cores, 16-byte loads
+template <typename T, bool Vector>
+__global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(MlaPrefillParams p, int64_t num_tiles, float scale) {
+  PrefillTile<T, Vector>(p, scale, shared_memory<PrefillShared<T>>()).run(num_tiles);
 }
 
 template <typename T>

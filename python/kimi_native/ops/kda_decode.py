@@ -30,7 +30,7 @@ def kda_decode(
     """Kimi Delta Attention (the recurrence of :func:`kda_prefill`) of S = 1 to 8 new tokens of each of B sequences.
 
     Args:
-        q, k: ``[B, S, H, K]``, float32 or bfloat16; any strides between tokens and heads, contiguous in the last
+        q, k: ``[B, S, H, K]``, float32, bfloat16 or (on a GPU) float16; any strides between tokens and heads, contiguous in the last
             dimension. With S > 1 the tokens must be evenly spaced (``stride(0) == S * stride(1)``), here and below.
         v: ``[B, S, HV, V]``, the dtype of ``q``. HV is a multiple of H; K and V are multiples of 16 from 16 to 256.
         g: ``[B, S, HV, K]``, raw gate, the dtype of ``q`` or float32.
@@ -102,7 +102,7 @@ def kda_decode_fused(
     """The middle of a KDA layer for new tokens: ``short_conv`` of q, k, v, then :func:`kda_decode`, then ``gated_rms_norm``.
 
     Args:
-        qkv: ``[B, S, C]``, float32 or bfloat16, the projections before the convolution: H q heads of K channels, H k
+        qkv: ``[B, S, C]``, float32, bfloat16 or (on a GPU) float16, the projections before the convolution: H q heads of K channels, H k
             heads of K, HV v heads of V, so ``C = 2 H K + HV V``. S = 1 to 8; tokens evenly spaced.
         conv_weight: ``[C, 4]``, the dtype of ``qkv``; column 3 multiplies the current token.
         conv_state: ``[slots, 3, C]``, the dtype of ``qkv``; row 0 is the oldest input. Updated in place.
@@ -120,7 +120,8 @@ def kda_decode_fused(
         out: where to write. A new tensor by default.
 
     Returns:
-        ``out``, ``[B, S, HV, V]`` in the dtype of ``qkv``. On a CPU the bits of the three operators one after another.
+        ``out``, ``[B, S, HV, V]`` in the dtype of ``qkv``. On a CPU the bits of the three operators one after another;
+            on a GPU nothing is rounded between them.
 
     Raises:
         RuntimeError: shapes, dtypes, devices or options do not agree or are not supported; the text names the culprit.

@@ -25,6 +25,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   KIMI_CHECK(grid.y < 65536 && grid.z < 65536 && grid.x < (1u << 31), "grid too large");
   KIMI_CHECK(block.x * block.y * block.z <= 1024 && block.x > 0, "block of ", block.x * block.y * block.z, " threads");
   KIMI_CHECK(shared_bytes <= 227 * 1024, shared_bytes, " bytes of shared memory");
+  emulator::note_launch(reinterpret_cast<const void*>(kernel));
   emulator::run_grid(grid, block, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
 }
 
