@@ -29,12 +29,13 @@
 
 namespace kimi::cuda::mla_decode_detail {
 
-inline constexpr int kStages = 5;
 inline constexpr int kScoreWarps = 4, kValueWarps = 8, kScoreThreads = kScoreWarps * kWarp;
 inline constexpr int kThreads = (kScoreWarps + kValueWarps) * kWarp;
 inline constexpr int kDepthSteps = kRowDim / 16 / kScoreWarps;
 inline constexpr int kWarpColumns = kLatentDim / kValueWarps;
 static_assert(kThreads == kPlanThreads);
+// Tiles in the ring: as many as the device has shared memory for, at least one under way while two are worked on.
+inline constexpr int kManyStages = 5, kFewStages = 3;
 
 // What the score warps leave for the value warps, besides p: factors of each head's o.
 template <int kHeads>
@@ -44,15 +45,16 @@ struct Factors {
   float inverse[kHeads];                       // at the end of a unit that is a sequence
 };
 
-template <typename T, int kHeads>
+template <typename T, int kHeads, int kStages>
 struct alignas(128) DecodeShared {
   T rows[kStages][kTileRows * kRowDim];
   float s[kScoreWarps][kHeads * kTileRows];
   T p[2][kHeads * kTileRows];
   Factors<kHeads> factors[2];
   float unit_max[kHeads], unit_sum[kHeads], unit_rounded_sum[kHeads];  // of the unit's splits before
+  PartialSums split[kScoreThreads];                                    // so far, of each score thread's keys
   Schedule schedule;
-  uint16_t value_thread[kValueWarps * kWarp];
+  uint16_t thread[kThreads];  // of its kind of warps
 };
 
 // Where a partial sum of s lies: four keys together, their order in a row of 32 such that eight rows written by pairs
@@ -73,54 +75,57 @@ __device__ __forceinline__ void score_barrier() {
 }
 
 // The score warps. `Vector`: q may be read by 4 bytes and the cache by 16.
-template <typename T, int kHeads, bool Vector>
+template <typename T, int kHeads, int kStages, bool Vector>
 class ScoreWarps {
   static constexpr int kTiles = kHeads / 16;  // m16 tiles of heads
   static constexpr int kHeadThreads = kScoreThreads / kHeads, kThreadKeys = kTileRows / kHeadThreads;  // in the softmax
 
  public:
   __device__ ScoreWarps(const MlaDecodeParams& p, const Workspace& w, const DecodeOptions& options,
-                        DecodeShared<T, kHeads>& shared)
-      : p_(p),
-        w_(w),
-        options_(options),
-        shared_(shared),
-        steps_(shared.schedule.steps),
-        first_head_(blockIdx.y * kHeads) {}
+                        DecodeShared<T, kHeads, kStages>& shared)
+      : p_(p), w_(w), options_(options), shared_(shared), steps_(shared.schedule.steps) {}
 
   __device__ void run() {
-    if (thread_ % kHeadThreads == 0) begin_unit(thread_ / kHeadThreads);
+    if (thread() % kHeadThreads == 0) begin_unit(thread() / kHeadThreads);
     load_q(steps_[0]);
     block_barrier();
+    int stage = 0;
+#pragma unroll 1
     for (int tile = 0;; ++tile) {
       if (steps_[tile % kSteps].rows != 0) {
-        scores(shared_.rows[tile % kStages]);
+        scores(shared_.rows[stage]);
         const Step& next = steps_[(tile + 1) % kSteps];
         if (next.is(Step::kNewSequence)) load_q(next);
         score_barrier();
         softmax(steps_[tile % kSteps], tile % 2);
-        if (thread_ == 0) {
+        if (threadIdx.x == 0) {
           shared_.schedule.steps[(tile + 6) % kSteps] =
               next_step(p_, shared_.schedule.by_split, shared_.schedule.cursor);
         }
       }
       block_barrier();
       if (steps_[tile % kSteps].rows == 0) break;
+      stage = stage == kStages - 1 ? 0 : stage + 1;
     }
   }
 
  private:
+  // Read again in each phase: addresses that follow from known values the compiler works out once, and spills.
+  __device__ int thread() const { return shared_.thread[threadIdx.x]; }
+  __device__ static int first_head() { return static_cast<int>(blockIdx.y) * kHeads; }
+
   // q as operand a: rows g, g + 8 of columns 2 t, 2 t + 1, then both of columns + 8. Zeros for heads past the last one.
   __device__ void load_q(const Step& step) {
-    const T* const q = static_cast<const T*>(p_.q) + step.seq * p_.q_seq_stride + first_head_ * p_.q_head_stride;
+    const int lane = thread() % kWarp, warp = thread() / kWarp;
+    const T* const q = static_cast<const T*>(p_.q) + step.seq * p_.q_seq_stride + first_head() * p_.q_head_stride;
     const uint32_t sign = p_.scale < 0 ? 0x80008000u : 0u;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int head = 16 * m + lane_ / 4 + 8 * half;
-        const bool valid = first_head_ + head < p_.num_heads;
-        const T* const row = q + head * p_.q_head_stride + 16 * warp_ + lane_ % 4 * 2;
+        const int head = 16 * m + lane / 4 + 8 * half;
+        const bool valid = first_head() + head < p_.num_heads;
+        const T* const row = q + head * p_.q_head_stride + 16 * warp + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < kDepthSteps; ++i) {
 #pragma unroll
@@ -145,8 +150,9 @@ class ScoreWarps {
 
   // This warp's part of q k^T, to shared memory.
   __device__ void scores(const T* rows) {
+    const int lane = thread() % kWarp, warp = thread() / kWarp;
     // Columns 16 w + 64 i: chunks 8 apart have the same swizzle.
-    const T* const k = &rows[(lane_ % 8 + lane_ / 16 * 8) * kRowDim + ((2 * warp_ + lane_ / 8 % 2) ^ lane_ % 8) * 8];
+    const T* const k = &rows[(lane % 8 + lane / 16 * 8) * kRowDim + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 8];
     float s[kTiles][kTileRows / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < kDepthSteps; ++i) {
@@ -167,23 +173,22 @@ class ScoreWarps {
       for (int n = 0; n < kTileRows / 8; ++n) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float* const to = &shared_.s[warp_][score_at(16 * m + lane_ / 4 + 8 * half, 8 * n + lane_ % 4 * 2)];
+          float* const to = &shared_.s[warp][score_at(16 * m + lane / 4 + 8 * half, 8 * n + lane % 4 * 2)];
           store_vec(to, Vec<float, 2>{s[m][n][2 * half], s[m][n][2 * half + 1]});
         }
       }
     }
   }
 
-  // p, and the state of this thread's head: max_, and its own keys' part of sum_ and rounded_sum_.
+  // p, and the state of the split: the head's maximum, this thread's keys' part of the sums.
   __device__ void softmax(const Step& step, int parity) {
-    const int head = thread_ / kHeadThreads;
-    if (step.is(Step::kSplitBegin)) {
-      max_ = -INFINITY;
-      sum_ = rounded_sum_ = 0.0f;
-    }
+    const int thread = this->thread();
+    const int head = thread / kHeadThreads;
+    PartialSums split = {-INFINITY, 0.0f, 0.0f, 0.0f};
+    if (!step.is(Step::kSplitBegin)) split = shared_.split[thread];
     // Four keys together, 4 kHeadThreads apart. Of two heads one begins with the second four, for the banks' sake.
     const auto first_key = [&](int i) {
-      return thread_ % kHeadThreads * 4 + (kThreadKeys == 4 ? 0 : (i / 4 ^ head % 2) * 4 * kHeadThreads);
+      return thread % kHeadThreads * 4 + (kThreadKeys == 4 ? 0 : (i / 4 ^ head % 2) * 4 * kHeadThreads);
     };
     float s[kThreadKeys];
     float largest = -INFINITY;
@@ -199,11 +204,11 @@ class ScoreWarps {
         largest = fmaxf(largest, s[i + e]);
       }
     }
-    largest = fmaxf(max_, ceilf(warp_max<kHeadThreads>(largest) * options_.scale));
-    const float rescale = power_of_two(max_, largest), shift = largest == -INFINITY ? 0.0f : largest;
-    max_ = largest;
-    sum_ *= rescale;
-    rounded_sum_ *= rescale;
+    largest = fmaxf(split.max, ceilf(warp_max<kHeadThreads>(largest) * options_.scale));
+    const float rescale = power_of_two(split.max, largest), shift = largest == -INFINITY ? 0.0f : largest;
+    split.max = largest;
+    split.sum *= rescale;
+    split.rounded_sum *= rescale;
 #pragma unroll
     for (int i = 0; i < kThreadKeys; i += 4) {
       Vec<uint32_t, 2> packed;
@@ -213,23 +218,24 @@ class ScoreWarps {
         const float hi = exp2_approx(fmaf(s[i + e + 1], options_.scale, -shift));
         packed.x[e / 2] = pack2<T>(lo, hi);
         const float2 rounded = unpack2<T>(packed.x[e / 2]);
-        sum_ += lo + hi;
-        rounded_sum_ += rounded.x + rounded.y;
+        split.sum += lo + hi;
+        split.rounded_sum += rounded.x + rounded.y;
       }
       store_vec(reinterpret_cast<uint32_t*>(&shared_.p[parity][probability_at(head, first_key(i))]), packed);
     }
-    if (thread_ % kHeadThreads == 0) {
+    if (thread % kHeadThreads == 0) {
       // At the beginning o is zero.
       shared_.factors[parity].rescale[head] = step.is(Step::kSplitBegin) ? 1.0f : rescale;
     }
-    if (step.is(Step::kSplitEnd)) finish_split(step, head, shared_.factors[parity]);
+    shared_.split[thread] = split;
+    if (step.is(Step::kSplitEnd)) finish_split(step, head, split, shared_.factors[parity]);
   }
 
   // Folds the split's sums into the unit's; at the end of the unit they go to the workspace, or decide the output.
-  __device__ void finish_split(const Step& step, int head, Factors<kHeads>& factors) {
-    const float sum = warp_sum<kHeadThreads>(sum_), rounded_sum = warp_sum<kHeadThreads>(rounded_sum_);
-    if (thread_ % kHeadThreads != 0) return;
-    const FoldFactors folding(shared_.unit_max[head], max_);
+  __device__ void finish_split(const Step& step, int head, const PartialSums& split, Factors<kHeads>& factors) {
+    const float sum = warp_sum<kHeadThreads>(split.sum), rounded_sum = warp_sum<kHeadThreads>(split.rounded_sum);
+    if (thread() % kHeadThreads != 0) return;
+    const FoldFactors folding(shared_.unit_max[head], split.max);
     const float unit_sum = fold(shared_.unit_sum[head], folding.old, sum, folding.added);
     const float unit_rounded_sum = fold(shared_.unit_rounded_sum[head], folding.old, rounded_sum, folding.added);
     factors.fold_old[head] = folding.old;
@@ -242,11 +248,11 @@ class ScoreWarps {
     }
     begin_unit(head);
     factors.inverse[head] = 1.0f / unit_rounded_sum;
-    if (first_head_ + head >= p_.num_heads) return;
+    if (first_head() + head >= p_.num_heads) return;
     if (!step.is(Step::kWhole)) {
-      w_.sums[step.slot * p_.num_heads + first_head_ + head] = {folding.max, unit_sum, unit_rounded_sum, 0.0f};
+      w_.sums[step.slot * p_.num_heads + first_head() + head] = {folding.max, unit_sum, unit_rounded_sum, 0.0f};
     } else if (p_.lse) {
-      p_.lse[step.seq * p_.num_heads + first_head_ + head] = natural_lse(folding.max, unit_sum);
+      p_.lse[step.seq * p_.num_heads + first_head() + head] = natural_lse(folding.max, unit_sum);
     }
   }
   __device__ void begin_unit(int head) {
@@ -257,29 +263,21 @@ class ScoreWarps {
   const MlaDecodeParams& p_;
   const Workspace& w_;
   const DecodeOptions& options_;
-  DecodeShared<T, kHeads>& shared_;
+  DecodeShared<T, kHeads, kStages>& shared_;
   const Step* const steps_;
-  const int first_head_;
-  const int thread_ = threadIdx.x, lane_ = thread_ % kWarp, warp_ = thread_ / kWarp;
   uint32_t q_[kDepthSteps][kTiles][4];
-  float max_ = -INFINITY, sum_ = 0.0f, rounded_sum_ = 0.0f;  // of the split
 };
 
 // The value warps, which also fetch the rows.
-template <typename T, int kHeads, bool Vector>
+template <typename T, int kHeads, int kStages, bool Vector>
 class ValueWarps {
   static constexpr int kTiles = kHeads / 16;
   static constexpr int kCopies = Vector ? kRowDim / 64 : 1;  // of a thread's chunks of a row, unrolled
 
  public:
   __device__ ValueWarps(const MlaDecodeParams& p, const Workspace& w, const DecodeOptions& options,
-                        DecodeShared<T, kHeads>& shared)
-      : p_(p),
-        w_(w),
-        options_(options),
-        shared_(shared),
-        steps_(shared.schedule.steps),
-        first_head_(blockIdx.y * kHeads) {}
+                        DecodeShared<T, kHeads, kStages>& shared)
+      : p_(p), w_(w), options_(options), shared_(shared), steps_(shared.schedule.steps) {}
 
   __device__ void run() {
     int pages[kStages];
@@ -288,25 +286,25 @@ class ValueWarps {
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) load_rows(steps_[i], pages[i], i);
     int page = pages[kStages - 1];
-    wait_for_rows<3>();
-    wait_for_rows<2>();  // the score warps take tile 0
+    wait_for_rows<kStages - 2>();
+    wait_for_rows<kStages - 3>();  // the score warps take tile 0
     int stage = 0;
 #pragma unroll 1
     for (int tile = 0; steps_[tile % kSteps].rows != 0; ++tile) {
       const int free_stage = stage == 0 ? kStages - 1 : stage - 1;
-      load_rows(steps_[(tile + 4) % kSteps], page, free_stage);
-      page = page_of(steps_[(tile + 5) % kSteps]);
+      load_rows(steps_[(tile + kStages - 1) % kSteps], page, free_stage);
+      page = page_of(steps_[(tile + kStages) % kSteps]);
       add_values(steps_[tile % kSteps], shared_.rows[stage], tile % 2);
-      wait_for_rows<2>();
+      wait_for_rows<kStages - 3>();
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     cp_async_wait<0>();
   }
 
  private:
-  // Of the value warps. Read again in each phase: addresses that follow from known values the compiler works out once,
-  // and spills.
-  __device__ int thread() const { return shared_.value_thread[threadIdx.x - kScoreThreads]; }
+  __device__ static int first_head() { return static_cast<int>(blockIdx.y) * kHeads; }
+
+  __device__ int thread() const { return shared_.thread[threadIdx.x]; }
 
   // 8 threads a row: all chunks of a thread have the same swizzle. The page of this thread's row is read a tile before.
   __device__ int page_of(const Step& step) const {
@@ -358,7 +356,7 @@ class ValueWarps {
     if (__any_sync(0xffffffffu, any)) for_each_o([&](int m, int n, int i) { o_[m][n][i] *= rescale[m][i / 2]; });
     const T* const v = &rows[lane % 16 * kRowDim + warp * kWarpColumns];
     const int swizzle = (lane / 16 ^ lane % 8) * 8;
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < kTileRows / 16; ++k) {
       uint32_t a[kTiles][4];
 #pragma unroll
@@ -402,10 +400,10 @@ class ValueWarps {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int head = 16 * m + lane / 4 + 8 * half, column = warp * kWarpColumns + lane % 4 * 2;
-        if (first_head_ + head >= p_.num_heads) continue;
+        if (first_head() + head >= p_.num_heads) continue;
         if (step.is(Step::kWhole)) {
           T* const out = static_cast<T*>(p_.out) + step.seq * p_.out_seq_stride +
-                         (first_head_ + head) * p_.out_head_stride + column;
+                         (first_head() + head) * p_.out_head_stride + column;
           const float inverse = factors.inverse[head];
 #pragma unroll
           for (int n = 0; n < kWarpColumns / 8; ++n) {
@@ -413,7 +411,7 @@ class ValueWarps {
             for (int i = 0; i < 2; ++i) out[8 * n + i] = from_float<T>(unit_o_[m][n][2 * half + i] * inverse);
           }
         } else {
-          float* const o = w_.o + (step.slot * p_.num_heads + first_head_ + head) * kLatentDim + column;
+          float* const o = w_.o + (step.slot * p_.num_heads + first_head() + head) * kLatentDim + column;
 #pragma unroll
           for (int n = 0; n < kWarpColumns / 8; ++n)
             store_vec(o + 8 * n, Vec<float, 2>{unit_o_[m][n][2 * half], unit_o_[m][n][2 * half + 1]});
@@ -437,19 +435,18 @@ class ValueWarps {
   const MlaDecodeParams& p_;
   const Workspace& w_;
   const DecodeOptions& options_;
-  DecodeShared<T, kHeads>& shared_;
+  DecodeShared<T, kHeads, kStages>& shared_;
   const Step* const steps_;
-  const int first_head_;
   float o_[kTiles][kWarpColumns / 8][4] = {}, unit_o_[kTiles][kWarpColumns / 8][4] = {};
 };
 
 // SASS: tensor cores, 16-byte loads
-template <typename T, int kHeads, bool Vector>
+template <typename T, int kHeads, int kStages, bool Vector>
 __global__ void __launch_bounds__(kThreads, 1)
     mla_decode_kernel(MlaDecodeParams p, Workspace workspace, DecodeOptions options) {
-  DecodeShared<T, kHeads>& shared = shared_memory<DecodeShared<T, kHeads>>();
+  DecodeShared<T, kHeads, kStages>& shared = shared_memory<DecodeShared<T, kHeads, kStages>>();
   Schedule& schedule = shared.schedule;
-  if (threadIdx.x >= kScoreThreads) shared.value_thread[threadIdx.x - kScoreThreads] = threadIdx.x - kScoreThreads;
+  shared.thread[threadIdx.x] = threadIdx.x < kScoreThreads ? threadIdx.x : threadIdx.x - kScoreThreads;
   plan_work(p, workspace, options, schedule);
   if (threadIdx.x == 0) {
     for (int i = 0; i < 6; ++i) schedule.steps[i] = next_step(p, schedule.by_split, schedule.cursor);
@@ -457,9 +454,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (schedule.steps[0].rows == 0) return;
   if (threadIdx.x < kScoreThreads) {
-    ScoreWarps<T, kHeads, Vector>(p, workspace, options, shared).run();
+    ScoreWarps<T, kHeads, kStages, Vector>(p, workspace, options, shared).run();
   } else {
-    ValueWarps<T, kHeads, Vector>(p, workspace, options, shared).run();
+    ValueWarps<T, kHeads, kStages, Vector>(p, workspace, options, shared).run();
   }
 }
 
@@ -476,15 +473,18 @@ void launch_portable(const MlaDecodeParams& p, const Workspace& workspace, cudaS
                                  .full = ceil_div(3 * blocks, 5),
                                  .scale = std::max(std::abs(p.scale) * kLog2E, 1e-37f)};
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(head_tiles));
-  const auto run = [&]<int kHeads, bool Vector>() {
-    launch(mla_decode_kernel<T, kHeads, Vector>, grid, dim3(kThreads), sizeof(DecodeShared<T, kHeads>), stream, p,
-           workspace, options);
+  const auto run = [&]<int kHeads, int kStages>() {
+    using Shared = DecodeShared<T, kHeads, kStages>;
+    static_assert(kStages > kFewStages || sizeof(Shared) <= kFewStagesBytes);
+    const bool vector = aligned_to(16, p.cache, p.q) && multiples_of(8, p.page_stride, p.q_seq_stride, p.q_head_stride);
+    launch(vector ? mla_decode_kernel<T, kHeads, kStages, true> : mla_decode_kernel<T, kHeads, kStages, false>, grid,
+           dim3(kThreads), sizeof(Shared), stream, p, workspace, options);
   };
-  const bool vector = aligned_to(16, p.cache, p.q) && multiples_of(8, p.page_stride, p.q_seq_stride, p.q_head_stride);
+  const bool many = max_shared_bytes() >= static_cast<int>(sizeof(DecodeShared<T, 32, kManyStages>));
   if (tile_heads == 16) {
-    vector ? run.template operator()<16, true>() : run.template operator()<16, false>();
+    many ? run.template operator()<16, kManyStages>() : run.template operator()<16, kFewStages>();
   } else {
-    vector ? run.template operator()<32, true>() : run.template operator()<32, false>();
+    many ? run.template operator()<32, kManyStages>() : run.template operator()<32, kFewStages>();
   }
 }
 
