@@ -87,11 +87,11 @@ struct Workspace {
   int64_t bytes;
 };
 
-// Whether the tensor-core kernel runs: released dims, a 16-bit type, and enough shared memory for its smallest form.
-inline constexpr int kFewStagesBytes = 134 << 10;
+// Whether the tensor-core kernel runs: released dims, a 16-bit type, and the shared memory that it needs.
+inline constexpr int kSharedBytes = 222 << 10;
 inline bool on_tensor_cores(const MlaDecodeParams& p) {
   return p.dtype != DType::kF32 && p.latent_dim == kLatentDim && p.rope_dim == kRopeDim &&
-         max_shared_bytes() >= kFewStagesBytes;
+         max_shared_bytes() >= kSharedBytes;
 }
 
 inline int generic_units(const MlaDecodeParams& p) {
