@@ -71,13 +71,11 @@ __device__ __forceinline__ int choose_unit(const float (&s)[K / 8][4], int expon
 // True if no half of the words is infinite or NaN.
 template <int N>
 __device__ __forceinline__ bool all_finite(const uint32_t (&words)[N][4]) {
-  uint32_t seen = 0;
+  __half2 largest = bits_as<__half2>(words[0][0] & 0x7fff7fffu);
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) seen |= (words[n][i] & 0x7fff7fffu) + 0x04000400u;  // an exponent of 31 carries
-  }
-  return (seen & 0x80008000u) == 0;
+  for (int i = 1; i < 4 * N; ++i) largest = __hmax2_nan(largest, __habs2(bits_as<__half2>(words[i / 4][i % 4])));
+  // Adding one to an exponent of 31 carries into the place of the sign.
+  return ((bits_as<uint32_t>(largest) & 0x7fff7fffu) + 0x04000400u & 0x80008000u) == 0;
 }
 
 // Products with the state: new_values <- u^T - S w^T, out <- S q^T; values are fp16 pairs of tokens (a operands), true
@@ -102,8 +100,15 @@ __device__ __forceinline__ bool multiply_state(const ChainStage<K, kWarps>& stag
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 pair = unpack2<Fp16>(w[i]);
-      values[2 * x + i / 2][2 * (i % 2)] = pair.x * u_factor;
-      values[2 * x + i / 2][2 * (i % 2) + 1] = pair.y * u_factor;
+      values[2 * x + i / 2][2 * (i % 2)] = pair.x;
+      values[2 * x + i / 2][2 * (i % 2) + 1] = pair.y;
+    }
+  }
+  if (u_factor != 1.0f) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[group][i] *= u_factor;
     }
   }
 #pragma unroll
@@ -138,11 +143,23 @@ __device__ __forceinline__ bool multiply_state(const ChainStage<K, kWarps>& stag
   return __all_sync(kFullWarp, all_finite(new_values));
 }
 
-// Products with the new values: out += v'^T A_qk^T, s <- s D + v'^T kg.
-template <int K, int kWarps>
-__device__ __forceinline__ void multiply_values(const ChainStage<K, kWarps>& stage, int lane,
+// Products with the new values: out += v'^T A_qk^T, s <- s D + v'^T kg. `rows` gets the output times `factor` in the
+// dtype of memory: of group i, lane 4 g + t the values 4 t .. 4 t + 3 of token g.
+template <typename T, int K, int kWarps>
+__device__ __forceinline__ void multiply_values(const ChainStage<K, kWarps>& stage, int lane, float factor,
                                                 const uint32_t (&new_values)[kGroups / 2][4], float (&s)[K / 8][4],
-                                                float (&out)[kGroups][4]) {
+                                                float (&out)[kGroups][4], uint32_t (&rows)[kGroups][2]) {
+#pragma unroll
+  for (int x = 0; x < kGroups / 2; ++x) {
+#pragma unroll
+    for (int group = 2 * x; group < kGroups; ++group) {
+      const uint4 b = stage.factors.a_qk[a_qk_entry(group, x / 2)][lane];
+      if (x % 2 == 0)
+        mma_m16n8k16<Fp16>(out[group], new_values[x], {b.x, b.y});
+      else
+        mma_m16n8k16<Fp16>(out[group], new_values[x], {b.z, b.w});
+    }
+  }
 #pragma unroll
   for (int j = 0; j < K / 32; ++j) {
     const float* decay = &stage.factors.decay[32 * j + 8 * (lane % 4)];
@@ -153,47 +170,44 @@ __device__ __forceinline__ void multiply_values(const ChainStage<K, kWarps>& sta
       for (int i = 0; i < 8; ++i) s[4 * j + 2 * half + i / 4][i % 4] *= piece.x[2 * (i / 4) + i % 2];
     }
   }
+  constexpr int kSteps = kGroups / 2 * (K / 32);
 #pragma unroll
-  for (int x = 0; x < kGroups / 2; ++x) {
+  for (int step = 0; step < kSteps; ++step) {
+    const int x = step / (K / 32), j = step % (K / 32);
+    const uint4 low = stage.factors.kg[x][2 * j][lane], high = stage.factors.kg[x][2 * j + 1][lane];
+    mma_m16n8k16<Fp16>(s[4 * j], new_values[x], {low.x, low.y});
+    mma_m16n8k16<Fp16>(s[4 * j + 1], new_values[x], {low.z, low.w});
+    mma_m16n8k16<Fp16>(s[4 * j + 2], new_values[x], {high.x, high.y});
+    mma_m16n8k16<Fp16>(s[4 * j + 3], new_values[x], {high.z, high.w});
+    // In between, 16 / kSteps halves of the output rows.
 #pragma unroll
-    for (int j = 0; j < K / 32; ++j) {
-      const uint4 even = stage.factors.kg[2 * x][j][lane], odd = stage.factors.kg[2 * x + 1][j][lane];
-      mma_m16n8k16<Fp16>(s[4 * j], new_values[x], {even.x, odd.x});
-      mma_m16n8k16<Fp16>(s[4 * j + 1], new_values[x], {even.y, odd.y});
-      mma_m16n8k16<Fp16>(s[4 * j + 2], new_values[x], {even.z, odd.z});
-      mma_m16n8k16<Fp16>(s[4 * j + 3], new_values[x], {even.w, odd.w});
-    }
-  }
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-    for (int half = 0; half <= group / 4; ++half) {
-      const uint4 b = stage.factors.a_qk[a_qk_entry(group, half)][lane];
-      mma_m16n8k16<Fp16>(out[group], new_values[2 * half], {b.x, b.y});
-      if (2 * half + 1 <= group / 2) mma_m16n8k16<Fp16>(out[group], new_values[2 * half + 1], {b.z, b.w});
+    for (int i = step * 2 * kGroups / kSteps; i < (step + 1) * 2 * kGroups / kSteps; ++i) {
+      const float (&o)[4] = out[i / 2];
+      rows[i / 2][i % 2] = movmatrix_trans(pack2<T>(o[2 * (i % 2)] * factor, o[2 * (i % 2) + 1] * factor));
     }
   }
 }
 
-// Rows of the output: the first `count` tokens of the chunk, 16 values each.
+// Writes the rows of the chunk's first `count` tokens; `to` is the first one, at the warp's first value.
 template <typename T>
-__device__ __forceinline__ void write_out(const float (&out)[kGroups][4], float factor, T* to, int64_t token_stride,
-                                          int count, bool wide) {
+__device__ __forceinline__ void write_rows(const uint32_t (&rows)[kGroups][2], T* to, int64_t token_stride, int count,
+                                           bool wide) {
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  T* row = to + g * token_stride + 4 * t;
+  const int64_t step = kGroup * token_stride;
+  if (wide) {
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    // Lane 4 g + t gets token g, values 4 t .. 4 t + 3.
-    const uint32_t words[2] = {movmatrix_trans(pack2<T>(out[group][0] * factor, out[group][1] * factor)),
-                               movmatrix_trans(pack2<T>(out[group][2] * factor, out[group][3] * factor))};
-    const int token = kGroup * group + g;
-    if (token >= count) continue;
-    T* row = to + token * token_stride + 4 * t;
-    const auto values = bits_as<Vec<T, 4>>(words);
-    if (wide) {
-      store_vec(row, values);
-    } else {
+    for (int group = 0; group < kGroups; ++group, row += step) {
+      if (kGroup * group + g < count) *reinterpret_cast<uint2*>(row) = make_uint2(rows[group][0], rows[group][1]);
+    }
+  } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) row[i] = values.x[i];
+    for (int group = 0; group < kGroups; ++group, row += step) {
+      const auto values = bits_as<Vec<T, 4>>(rows[group]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (kGroup * group + g < count) row[i] = values.x[i];
+      }
     }
   }
 }
@@ -202,12 +216,11 @@ template <typename T, int K, int V, int kWarps, int kStages>
 __global__ void __launch_bounds__(kWarps* kWarp, 1)
     kda_chain_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
   using Image = ChunkImage<K, V>;
-  constexpr int kSlices = V / (16 * kWarps), kThreads = kWarps * kWarp;
+  constexpr int kThreads = kWarps * kWarp;
   auto& shared = shared_memory<ChainShared<K, kWarps, kStages>>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int slice = static_cast<int>(blockIdx.x) % kSlices;
-  const int head = static_cast<int>(blockIdx.x / kSlices % p.num_value_heads);
-  const int sequence = static_cast<int>(blockIdx.x / kSlices / p.num_value_heads);
+  const int sequence = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
+  const int slice = static_cast<int>(blockIdx.z);
   const int first_value = (slice * kWarps + warp) * 16;
 
   // Phase 1: which of the sequence's chunks are in this segment.
@@ -220,10 +233,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   T* const out = static_cast<T*>(p.out) + begin * p.out_token_stride + head * p.out_head_stride + first_value;
   const int slot = p.slots[sequence];
   if (slot < 0) {
-    const float zeros[kGroups][4] = {};
+    const uint32_t zeros[kGroups][2] = {};
     for (int chunk = first; chunk < last; ++chunk) {
-      write_out(zeros, 0.0f, out + static_cast<int64_t>(chunk) * kChunk * p.out_token_stride, p.out_token_stride,
-                min(length - chunk * kChunk, kChunk), segment.wide_out);
+      write_rows(zeros, out + static_cast<int64_t>(chunk) * kChunk * p.out_token_stride, p.out_token_stride,
+                 min(length - chunk * kChunk, kChunk), segment.wide_out);
     }
     return;
   }
@@ -232,33 +245,53 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   };
 
   // Phase 2: the first images, and the state.
-  const auto copy_image = [&](int chunk) {
-    if (chunk < last) {
-      const Image& image = image_of<Image>(segment, first_of_sequence + chunk, head, p.num_value_heads);
-      auto& stage = shared.stages[chunk % kStages];
-      const auto copy = [&](void* to, const void* from, int words) {
-        for (int i = threadIdx.x; i < words; i += kThreads)
-          cp_async_16(static_cast<uint4*>(to) + i, static_cast<const uint4*>(from) + i);
+  const char* next_image =
+      reinterpret_cast<const char*>(&image_of<Image>(segment, first_of_sequence + first, head, p.num_value_heads));
+  const int64_t image_step = static_cast<int64_t>(sizeof(Image)) * p.num_value_heads;
+  int next_chunk = first, next_stage = 0;
+  const auto copy_image = [&] {
+    if (next_chunk < last) {
+      const auto copy = [&]<int kWords>(uint4* to, const uint4* from) {
+#pragma unroll
+        for (int i = 0; i < kWords / kThreads; ++i)
+          cp_async_16(to + threadIdx.x + i * kThreads, from + threadIdx.x + i * kThreads);
+        constexpr int kLeft = kWords % kThreads;
+        if (static_cast<int>(threadIdx.x) < kLeft)
+          cp_async_16(to + threadIdx.x + kWords - kLeft, from + threadIdx.x + kWords - kLeft);
       };
-      copy(stage.u, image.u[slice * kWarps], sizeof(stage.u) / 16);
-      copy(&stage.factors, &image.factors, sizeof(stage.factors) / 16);
+      const Image& image = *reinterpret_cast<const Image*>(next_image);
+      auto& stage = shared.stages[next_stage];
+      copy.template operator()<sizeof(stage.u) / 16>(&stage.u[0][0][0], &image.u[slice * kWarps][0][0]);
+      copy.template operator()<sizeof(stage.factors) / 16>(reinterpret_cast<uint4*>(&stage.factors),
+                                                           reinterpret_cast<const uint4*>(&image.factors));
     }
     cp_async_commit();
+    next_image += image_step;
+    ++next_chunk;
+    next_stage = next_stage + 1 == kStages ? 0 : next_stage + 1;
   };
-  constexpr int kAhead = kStages > 1 ? kStages - 1 : 1;
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) copy_image(first + i);
+  for (int i = 0; i < kStages - 1; ++i) copy_image();
   float s[K / 8][4];
   const bool fresh = first == 0 && p.has_initial_state && !p.has_initial_state[sequence];
   load_state<K / 32>(s, rows_of(slot), K, segment.wide_state, fresh);
 
   // Phase 3: the chunks.
+  int stage_index = 0;
 #pragma unroll 1
   for (int chunk = first; chunk < last; ++chunk) {
-    cp_async_wait<kAhead - 1>();
-    __syncthreads();  // the image is there, and everybody is done with the one before
-    if (kStages > 1) copy_image(chunk + kAhead);
-    const auto& stage = shared.stages[chunk % kStages];
+    if constexpr (kStages == 1) {
+      __syncthreads();
+      copy_image();
+      cp_async_wait<0>();
+      __syncthreads();
+    } else {
+      cp_async_wait<kStages - 2>();
+      __syncthreads();  // the image is there, and everybody is done with the one before
+      copy_image();
+    }
+    const auto& stage = shared.stages[stage_index];
+    stage_index = stage_index + 1 == kStages ? 0 : stage_index + 1;
     const int count = min(length - chunk * kChunk, kChunk);
     T* const out_of_chunk = out + static_cast<int64_t>(chunk) * kChunk * p.out_token_stride;
 
@@ -278,18 +311,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
       unit = larger;
     }
     if (!exact) {
-      multiply_values(stage, lane, new_values, s, out_values);
+      uint32_t rows[kGroups][2];
+      multiply_values<T>(stage, lane, p.scale * power_of_two(unit), new_values, s, out_values, rows);
       if (unit != 0) scale_state<K>(s, power_of_two(unit));
-      write_out(out_values, p.scale * power_of_two(unit), out_of_chunk, p.out_token_stride, count, segment.wide_out);
+      write_rows(rows, out_of_chunk, p.out_token_stride, count, segment.wide_out);
     } else {
       const int64_t token = begin + static_cast<int64_t>(chunk) * kChunk;
       store_state<K / 32>(s, rows_of(slot), K, segment.wide_state);
       run_tokens_in_pool<T, K / 32>(p, head, first_value, token, token + count, rows_of(slot), segment.wide_state);
       load_state<K / 32>(s, rows_of(slot), K, segment.wide_state, false);
-    }
-    if (kStages == 1) {
-      __syncthreads();
-      copy_image(chunk + 1);
     }
     if (count == kChunk && chunk < p.num_snapshots) {
       const int to = p.snapshot_slots[sequence * p.num_snapshots + chunk];

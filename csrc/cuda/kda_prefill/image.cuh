@@ -24,13 +24,14 @@ inline constexpr unsigned kFullWarp = 0xffffffffu;
 // The factors that multiply the state, for all value channels. `group` is the one of the tokens (rows of the matrix).
 template <int K>
 struct ChunkFactors {
-  uint4 w[kGroups][K / 32][kWarp];   // -T (beta k e^G): tokens as columns n, channels as k; words: tiles 4 j .. 4 j + 3
-  uint4 q[kGroups][K / 32][kWarp];   // q e^G, the same
-  uint4 kg[kGroups][K / 32][kWarp];  // k e^(G_end - G), transposed: channels as columns n of tiles 4 j .., tokens as k
-  uint4 a_qk[12][kWarp];             // A_qk: row tokens as columns n, tokens as k; words: column groups 4 s .. 4 s + 3
-  float decay[K];                    // e^G_end
-  int exponent;                      // u is in units of 2^exponent; 0 unless the chunk's values are very large or small
-  int exact;                         // not 0: nothing else here is valid, the tokens must be done one after another
+  uint4 w[kGroups][K / 32][kWarp];  // -T (beta k e^G): tokens as columns n, channels as k; words: tiles 4 j .. 4 j + 3
+  uint4 q[kGroups][K / 32][kWarp];  // q e^G, the same
+  uint4 kg[kGroups / 2][K / 16]
+          [kWarp];        // k e^(G_end - G), transposed: channels as columns n of two tiles, 16 tokens as k
+  uint4 a_qk[12][kWarp];  // A_qk: row tokens as columns n, tokens as k; words: column groups 4 s .. 4 s + 3
+  float decay[K];         // e^G_end
+  int exponent;           // u is in units of 2^exponent; 0 unless the chunk's values are very large or small
+  int exact;              // not 0: nothing else here is valid, the tokens must be done one after another
   int unused[2];
 };
 
@@ -76,8 +77,9 @@ __device__ __forceinline__ int sequence_of_chunk(const int32_t* cu_seqlens, int 
 struct Segment {
   int first = 0, count = 0;
   void* images = nullptr;
-  // Which tensors lie such that vectors of 8 bytes (g: 4 elements or less) or 16 bytes (q, k, state) may be used.
-  bool wide_q = false, wide_k = false, wide_v = false, wide_g = false, wide_out = false, wide_state = false;
+  // Which tensors lie such that vectors may be used: of 8 bytes for out, 16 for the state and, as they need, the
+  // inputs.
+  bool wide_inputs = false, wide_out = false, wide_state = false;
 };
 
 template <typename Image>

@@ -121,9 +121,10 @@ size_t max_shared_bytes() {
 
 template <typename T, int K, int kWarps>
 void launch_chain(const KdaPrefillParams& p, const Segment& segment, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(p.num_sequences * p.num_value_heads * (K / (16 * kWarps)));
+  const dim3 blocks(static_cast<unsigned>(p.num_sequences), static_cast<unsigned>(p.num_value_heads),
+                    K / (16 * kWarps));
   const auto run = [&]<int kStages>() {
-    launch(kda_chain_kernel<T, K, K, kWarps, kStages>, dim3(blocks), dim3(kWarps * kWarp),
+    launch(kda_chain_kernel<T, K, K, kWarps, kStages>, blocks, dim3(kWarps * kWarp),
            sizeof(ChainShared<K, kWarps, kStages>), stream, p, segment);
   };
   if (sizeof(ChainShared<K, kWarps, 3>) <= max_shared_bytes()) return run.template operator()<3>();
@@ -135,10 +136,9 @@ template <typename T, int K>
 void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
   Segment segment;
   segment.images = p.workspace;
-  segment.wide_q = aligned_to(16, p.q) && multiples_of(8, p.q_token_stride, p.q_head_stride);
-  segment.wide_k = aligned_to(16, p.k) && multiples_of(8, p.k_token_stride, p.k_head_stride);
-  segment.wide_v = aligned_to(8, p.v) && multiples_of(4, p.v_token_stride, p.v_head_stride);
-  segment.wide_g = aligned_to(16, p.g) && multiples_of(4, p.g_token_stride, p.g_head_stride);
+  segment.wide_inputs = aligned_to(16, p.q, p.k, p.v, p.g) &&
+                        multiples_of(8, p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride,
+                                     p.v_token_stride, p.v_head_stride, p.g_token_stride, p.g_head_stride);
   segment.wide_out = aligned_to(8, p.out) && multiples_of(4, p.out_token_stride, p.out_head_stride);
   segment.wide_state = wide_state(p);
 
@@ -147,8 +147,8 @@ void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
   for (int64_t first = 0; first < plan.chunks; first += plan.chunks_per_segment) {
     segment.first = static_cast<int>(first);
     segment.count = static_cast<int>(std::min(plan.chunks_per_segment, plan.chunks - first));
-    launch(kda_prep_kernel<T, K, K>, dim3(static_cast<unsigned>(segment.count * p.num_value_heads)), dim3(kPrepThreads),
-           sizeof(PrepShared<K, K>), stream, p, segment);
+    const dim3 blocks(static_cast<unsigned>(p.num_value_heads), static_cast<unsigned>(segment.count));
+    launch(kda_prep_kernel<T, K, K>, blocks, dim3(kPrepThreads), sizeof(PrepShared<K, K>), stream, p, segment);
     // Few heads: slices of a head on multiprocessors of their own. Many: a block for the whole head, which copies the
     // images once. The same bits in any case.
     const char* experiment = std::getenv("KIMI_KDA_WARPS");  // TODO(experiment): remove

@@ -32,8 +32,22 @@ inline constexpr float kGateFloor = -30.0f;  // log2 of a token's decay within i
 
 template <int K, int V>
 struct PrepShared {
+  // Of each group and 32 channels. Rows of 36 floats: no bank conflicts, whether a warp has a row or a column of lanes.
   union {
-    float from_mid[kGroups][kGroup][K + 4];  // G - mid of the group; phase 1 to 3, each warp its own
+    float from_mid[kGroup][36];  // G - mid; phase 1 to 3, each warp its own
+    struct {
+      uint4 k_end[kWarp];  // k 2^(end of the group - G), as b operands; phase 3 to 4
+      uint4 kg[kWarp];     // k 2^(end of the chunk - G), transposed; phase 3 to 5
+    } operands;
+  } groups[kGroups][K / 32];
+  union {
+    struct {
+      float decay[kGroups][K];         // 2^(sum over the group); phase 1 to 2
+      float start_to_mid[kGroups][K];  // 2^(sum over the first half of the group), floored; phase 1 to 3
+      float mid_to_end[kGroups][K];    // the second half
+      float chunk_start_to_mid[kGroups][K];
+      float mid_to_chunk_end[kGroups][K];
+    } factors;
     struct {
       // -A_kk as b operands: row tokens as columns n, tokens of column groups 2 s, 2 s + 1 as k. Words: two of the
       // upper and two of the lower fp16 of the split. Entry group^2 / 4 + s.
@@ -41,16 +55,17 @@ struct PrepShared {
       uint32_t inverse[kGroups][kWarp];  // of the diagonal block of I + A_kk
     } system;                            // phase 4 to 5
   };
-  float group_decay[kGroups][K];   // 2^(sum over the group)
-  float start_to_mid[kGroups][K];  // 2^(sum over the first half), floored
-  float mid_to_end[kGroups][K];    // 2^(sum over the second half), floored
-  float chunk_start_to_mid[kGroups][K];
-  float mid_to_chunk_end[kGroups][K];
-  Fp16 between[21][K];                    // product of the whole groups between two; entry between_entry()
-  uint4 k_end[kGroups][K / 32][kWarp];    // k 2^(end of the group - G), as b operands
-  uint4 k_start[K / 32][kGroups][kWarp];  // k 2^(G - start of the chunk), transposed: rows are channels
-  uint4 v[V / 32][kGroups][kWarp];        // v, transposed: rows are values
+  Fp16 between[21][K];  // product of the whole groups between two; entry between_entry(); phase 2 to 4
+  // Of each group and 32 channels: q as it is in memory, each lane its own 16 bytes, in phases 1 to 3; in its place
+  // then k 2^(G - start of the chunk), transposed: rows are channels; phase 3 to 5.
+  uint4 q_then_k_start[kGroups][K / 32][kWarp];
+  union {  // of each group
+    uint4 rows[kGroup * V /
+               8];  // v as it is in memory, 16 bytes at a time, at value_piece(); phase 1 to 2, each warp its own
+    uint4 operands[V / 32][kWarp];  // in fp16, transposed: rows are values; phase 2 to 5
+  } v[kGroups];
   float beta[kChunk];
+  float2 scales[kChunk];                                  // of q and k
   float largest_value[kGroups], smallest_value[kGroups];  // of the tokens' largest |v|; zeros left out of the smallest
 };
 
@@ -108,40 +123,86 @@ struct PrepTask {
 };
 
 // N elements, in one access if they lie for it.
-template <typename T, int N>
-__device__ __forceinline__ Vec<T, N> load_elements(const T* from, bool wide) {
-  if (wide) return load_vec<T, N>(from);
+template <bool kWide, typename T, int N>
+__device__ __forceinline__ Vec<T, N> load_elements(const T* from) {
+  if constexpr (kWide) return load_vec<T, N>(from);
   Vec<T, N> v;
 #pragma unroll
   for (int i = 0; i < N; ++i) v.x[i] = from[i];
   return v;
 }
 
-// Phase 1a. Log2 gates of the group's tokens: lane l has channels K / 32 * l on.
-template <int K, typename G>
-__device__ __forceinline__ void load_gates(const KdaPrefillParams& p, const PrepTask& task, bool wide,
-                                           float (&x)[kGroup][K / kWarp]) {
-  constexpr int kChannels = K / kWarp;
-  const PrepLane at;
-  const int channel = kChannels * at.lane, left = task.count - kGroup * at.group;
-  const G* from = static_cast<const G*>(p.g) + (task.first_token + kGroup * at.group) * p.g_token_stride +
-                  task.head * p.g_head_stride + channel;
-  Vec<G, kChannels> raw[kGroup] = {};
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    if (i < left) raw[i] = load_elements<G, kChannels>(from + i * p.g_token_stride, wide);
-  }
-  float bias[kChannels] = {};
-  if (p.dt_bias && p.gate != KdaGate::kLogDecay) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) bias[c] = p.dt_bias[task.head * K + channel + c] * kLog2e;
-  }
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[i][c] = fmaf(to_float(raw[i].x[c]), kLog2e, bias[c]);
-  }
+// Where 16 bytes of v of a token of the group lie in shared memory: such that lanes (g, t) that read 8 bytes of piece
+// 2 m + t / 2 each use different banks.
+template <int V>
+__device__ __forceinline__ int value_piece(int token, int piece) {
+  return token * (V / 8) + (piece ^ (2 * token % (V / 8)));
 }
+
+// What a thread loads: of its token k channels 32 j + 8 t .. + 7 in k[j], two elements a word; of all tokens of the
+// group the raw gates of channels K / 32 * lane on, times log2(e); q and v go to shared memory.
+template <typename T, int K, int V>
+struct PrepInputs {
+  uint4 k[K / 32];
+  float gates[kGroup][K / kWarp];
+  float beta;
+
+  // Without a branch between the loads, so that all are under way at once: rows past the end are those of the chunk's
+  // first token, and made harmless later.
+  template <bool kWide, typename G>
+  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, uint4* q_rows, uint4* v_rows) {
+    constexpr int kChannels = K / kWarp;
+    const PrepLane at;
+    const int row = kGroup * at.group + at.g;
+    const int64_t token = task.first_token + (row < task.count ? row : 0);
+    const T* from_q = static_cast<const T*>(p.q) + token * p.q_token_stride + task.qk_head * p.q_head_stride;
+    const T* from_k = static_cast<const T*>(p.k) + token * p.k_token_stride + task.qk_head * p.k_head_stride;
+    const T* from_v = static_cast<const T*>(p.v) + token * p.v_token_stride + task.head * p.v_head_stride;
+    const int left = task.count - kGroup * at.group;
+    const G* const first_g = static_cast<const G*>(p.g) + task.head * p.g_head_stride + kChannels * at.lane +
+                             (task.first_token + (left > 0 ? kGroup * at.group : 0)) * p.g_token_stride;
+    const G* from_g = first_g;
+    Vec<G, kChannels> raw[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i, from_g += p.g_token_stride)
+      raw[i] = load_elements<kWide, G, kChannels>(i < left ? from_g : first_g);
+#pragma unroll
+    for (int j = 0; j < K / 32; ++j) k[j] = bits_as<uint4>(load_elements<kWide, T, 8>(from_k + 32 * j + 8 * at.t));
+    const auto copy = [](uint4* to, const T* from) {
+      if constexpr (kWide)
+        cp_async_16(to, from);
+      else
+        *to = bits_as<uint4>(load_elements<false, T, 8>(from));
+    };
+#pragma unroll
+    for (int j = 0; j < K / 32; ++j) copy(q_rows + j * kWarp + at.lane, from_q + 32 * j + 8 * at.t);
+#pragma unroll
+    for (int i = 0; i < V / 32; ++i) copy(v_rows + value_piece<V>(at.g, 4 * i + at.t), from_v + 32 * i + 8 * at.t);
+    cp_async_commit();
+    const int64_t beta_at = token * p.beta_token_stride + task.head * p.beta_head_stride;
+    beta = p.beta_dtype == DType::kF32 ? static_cast<const float*>(p.beta)[beta_at]
+                                       : to_float(static_cast<const T*>(p.beta)[beta_at]);
+    float bias[kChannels] = {};
+    if (p.dt_bias && p.gate != KdaGate::kLogDecay) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) bias[c] = p.dt_bias[task.head * K + kChannels * at.lane + c] * kLog2e;
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) gates[i][c] = fmaf(to_float(raw[i].x[c]), kLog2e, bias[c]);
+    }
+  }
+
+  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, bool wide, uint4* q_rows,
+                                       uint4* v_rows) {
+    const bool wide_gates = p.g_dtype == DType::kF32;
+    if (wide)
+      wide_gates ? load<true, float>(p, task, q_rows, v_rows) : load<true, T>(p, task, q_rows, v_rows);
+    else
+      wide_gates ? load<false, float>(p, task, q_rows, v_rows) : load<false, T>(p, task, q_rows, v_rows);
+  }
+};
 
 // Phase 1b. Sums of the gates over the group: leaves G - mid and the group's factors.
 template <int K, int V>
@@ -172,62 +233,59 @@ __device__ __forceinline__ void group_gates(const KdaPrefillParams& p, const Pre
     start.x[c] = exp2_approx(from_start[kMid][c]);
     end.x[c] = exp2_approx(from_start[kGroup - 1][c] - from_start[kMid][c]);
   }
-  store_vec(&shared.group_decay[at.group][channel], group);
-  store_vec(&shared.start_to_mid[at.group][channel], start);
-  store_vec(&shared.mid_to_end[at.group][channel], end);
+  store_vec(&shared.factors.decay[at.group][channel], group);
+  store_vec(&shared.factors.start_to_mid[at.group][channel], start);
+  store_vec(&shared.factors.mid_to_end[at.group][channel], end);
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
     Vec<float, kChannels> row;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) row.x[c] = from_start[i][c] - from_start[kMid][c];
-    store_vec(&shared.from_mid[at.group][i][channel], row);
+    store_vec(&shared.groups[at.group][channel / 32].from_mid[i][channel % 32], row);
   }
 }
 
-// A token's q or k row as its lanes hold it: channels 32 j + 8 t .. + 7 in rows[j], two elements a word.
-template <typename T, int K>
-struct TokenRow {
-  uint4 words[K / 32];
+template <typename T>
+__device__ __forceinline__ void unpack_eight(uint4 words, float (&x)[8]) {
+  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack2<T>(w[i]);
+    x[2 * i] = pair.x;
+    x[2 * i + 1] = pair.y;
+  }
+}
 
-  __device__ __forceinline__ void load(const T* row, bool valid, bool wide) {
+// Sum of (scale x)^2 over a token's row of q or k; each of its lanes gets it.
+template <typename T, int J>
+__device__ __forceinline__ float row_squares(const uint4 (&row)[J], float scale) {
+  float sum[2] = {};
 #pragma unroll
-    for (int j = 0; j < K / 32; ++j) {
-      words[j] = make_uint4(0, 0, 0, 0);
-      if (valid) words[j] = bits_as<uint4>(load_elements<T, 8>(row + 32 * j + 8 * (threadIdx.x % 4), wide));
-    }
-  }
-  __device__ __forceinline__ void unpack(int j, float (&x)[8]) const {
-    const uint32_t w[4] = {words[j].x, words[j].y, words[j].z, words[j].w};
+  for (int j = 0; j < J; ++j) {
+    float x[8];
+    unpack_eight<T>(row[j], x);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<T>(w[i]);
-      x[2 * i] = pair.x;
-      x[2 * i + 1] = pair.y;
-    }
+    for (int i = 0; i < 8; ++i) sum[i % 2] = fmaf(scale * x[i], scale * x[i], sum[i % 2]);
   }
-  // Sum of (scale x)^2 over the row.
-  __device__ __forceinline__ float squares(float scale) const {
-    float sum[2] = {};
-#pragma unroll
-    for (int j = 0; j < K / 32; ++j) {
-      float x[8];
-      unpack(j, x);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i % 2] = fmaf(scale * x[i], scale * x[i], sum[i % 2]);
-    }
-    return warp_sum<4>(sum[0] + sum[1]);
+  return warp_sum<4>(sum[0] + sum[1]);
+}
+
+// 1 / sqrt(sum x^2 + 1e-6) of a token's row, also where the squares overflow.
+template <typename T, int J>
+__device__ __forceinline__ float inverse_norm(const uint4 (&row)[J]) {
+  const float sum = row_squares<T>(row, 1.0f);
+  float inverse = rsqrt_approx(sum + 1e-6f);
+  if (__any_sync(kFullWarp, !(sum < 1e37f))) {
+    const float scaled = rsqrt_approx(row_squares<T>(row, 0x1p-80f)) * 0x1p-80f;
+    if (!(sum < 1e37f)) inverse = scaled;
   }
-  // 1 / sqrt(sum x^2 + 1e-6), also where the squares overflow.
-  __device__ __forceinline__ float inverse_norm() const {
-    const float sum = squares(1.0f);
-    float inverse = rsqrt_approx(sum + 1e-6f);
-    if (__any_sync(kFullWarp, !(sum < 1e37f))) {
-      const float scaled = rsqrt_approx(squares(0x1p-80f)) * 0x1p-80f;
-      if (!(sum < 1e37f)) inverse = scaled;
-    }
-    return inverse;
-  }
-};
+  return inverse;
+}
+
+// Rounds to tf32, whose lower 13 bits an mma ignores; for finite x (to_tf32 spends four instructions on the others).
+__device__ __forceinline__ uint32_t finite_to_tf32(float x) {
+  return __float_as_uint(x) + 0x1000u;
+}
 
 __device__ __forceinline__ uint4 movmatrix_trans(uint4 x) {
   return make_uint4(movmatrix_trans(x.x), movmatrix_trans(x.y), movmatrix_trans(x.z), movmatrix_trans(x.w));
@@ -255,20 +313,21 @@ template <int K, int V>
 __device__ __forceinline__ void chunk_factors(PrepShared<K, V>& shared, ChunkFactors<K>& image) {
   const int c = threadIdx.x % K, part = threadIdx.x / K;
   if (part >= 2) return;
+  auto& factors = shared.factors;
   float decay[kGroups];
 #pragma unroll
-  for (int m = 0; m < kGroups; ++m) decay[m] = shared.group_decay[m][c];
+  for (int m = 0; m < kGroups; ++m) decay[m] = factors.decay[m][c];
   if (part == 0) {
     float before = 1.0f, after = 1.0f;
 #pragma unroll
     for (int m = 0; m < kGroups; ++m) {
-      shared.chunk_start_to_mid[m][c] = shared.start_to_mid[m][c] * before;
+      factors.chunk_start_to_mid[m][c] = factors.start_to_mid[m][c] * before;
       before *= decay[m];
     }
     image.decay[c] = before;
 #pragma unroll
     for (int m = kGroups - 1; m >= 0; --m) {
-      shared.mid_to_chunk_end[m][c] = shared.mid_to_end[m][c] * after;
+      factors.mid_to_chunk_end[m][c] = factors.mid_to_end[m][c] * after;
       after *= decay[m];
     }
   } else {
@@ -292,17 +351,19 @@ struct RowOperands {
 
 // Phase 3. All operands of the group's tokens; the product of the group with itself into `diagonal` (k rows, q rows).
 template <typename T, int K, int V>
-__device__ __forceinline__ void make_operands(const TokenRow<T, K>& q_row, const TokenRow<T, K>& k_row, float q_scale,
-                                              float k_scale, PrepShared<K, V>& shared, ChunkFactors<K>& image,
-                                              RowOperands<K>& rows, float (&diagonal)[4]) {
+__device__ __forceinline__ void make_operands(const uint4 (&k_row)[K / 32], PrepShared<K, V>& shared,
+                                              ChunkFactors<K>& image, RowOperands<K>& rows, float (&diagonal)[4]) {
   const PrepLane at;
+  const float q_scale = shared.scales[kGroup * at.group + at.g].x, k_scale = shared.scales[kGroup * at.group + at.g].y;
 #pragma unroll
   for (int j = 0; j < K / 32; ++j) {
     const int channel = 32 * j + 8 * at.t;
+    auto& group = shared.groups[at.group][j];
     float q[8], k[8], k_column[8], factor[8];
-    q_row.unpack(j, q);
-    k_row.unpack(j, k);
-    load_eight(factor, &shared.from_mid[at.group][at.g][channel]);
+    unpack_eight<T>(shared.q_then_k_start[at.group][j][at.lane], q);
+    unpack_eight<T>(k_row[j], k);
+    load_eight(factor, &group.from_mid[at.g][8 * at.t]);
+    __syncwarp();  // operands take its place
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float up = exp2_approx(factor[i]), down = exp2_approx(-factor[i]);
@@ -313,12 +374,13 @@ __device__ __forceinline__ void make_operands(const TokenRow<T, K>& q_row, const
     // Within the group.
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-      const uint32_t a[4] = {to_tf32(k[i]), to_tf32(q[i]), to_tf32(k[i + 1]), to_tf32(q[i + 1])};
-      const uint32_t b[2] = {to_tf32(k_column[i]), to_tf32(k_column[i + 1])};
+      const uint32_t a[4] = {finite_to_tf32(k[i]), finite_to_tf32(q[i]), finite_to_tf32(k[i + 1]),
+                             finite_to_tf32(q[i + 1])};
+      const uint32_t b[2] = {finite_to_tf32(k_column[i]), finite_to_tf32(k_column[i + 1])};
       mma_m16n8k8_tf32(diagonal, a, b);
     }
     // Rows and columns of the products between groups.
-    load_eight(factor, &shared.start_to_mid[at.group][channel]);
+    load_eight(factor, &shared.factors.start_to_mid[at.group][channel]);
     const uint4 k_rows = pack_scaled(k, factor), q_rows = pack_scaled(q, factor);
     rows.a[2 * j][0] = k_rows.x;
     rows.a[2 * j][1] = q_rows.x;
@@ -328,14 +390,14 @@ __device__ __forceinline__ void make_operands(const TokenRow<T, K>& q_row, const
     rows.a[2 * j + 1][1] = q_rows.z;
     rows.a[2 * j + 1][2] = k_rows.w;
     rows.a[2 * j + 1][3] = q_rows.w;
-    load_eight(factor, &shared.mid_to_end[at.group][channel]);
-    shared.k_end[at.group][j][at.lane] = pack_scaled(k_column, factor);
+    load_eight(factor, &shared.factors.mid_to_end[at.group][channel]);
+    group.operands.k_end[at.lane] = pack_scaled(k_column, factor);
     // With the state.
-    load_eight(factor, &shared.chunk_start_to_mid[at.group][channel]);
+    load_eight(factor, &shared.factors.chunk_start_to_mid[at.group][channel]);
     image.q[at.group][j][at.lane] = pack_scaled(q, factor);
-    shared.k_start[j][at.group][at.lane] = movmatrix_trans(pack_scaled(k, factor));
-    load_eight(factor, &shared.mid_to_chunk_end[at.group][channel]);
-    image.kg[at.group][j][at.lane] = movmatrix_trans(pack_scaled(k_column, factor));
+    shared.q_then_k_start[at.group][j][at.lane] = movmatrix_trans(pack_scaled(k, factor));
+    load_eight(factor, &shared.factors.mid_to_chunk_end[at.group][channel]);
+    group.operands.kg[at.lane] = movmatrix_trans(pack_scaled(k_column, factor));
   }
 }
 
@@ -347,7 +409,7 @@ __device__ __forceinline__ void group_product(const RowOperands<K>& rows, int ro
   float part[2][4] = {};  // two chains: an mma takes several times longer to finish than to start
 #pragma unroll
   for (int j = 0; j < K / 32; ++j) {
-    const uint4 column = shared.k_end[column_group][j][at.lane];
+    const uint4 column = shared.groups[column_group][j].operands.k_end[at.lane];
     uint32_t b[4] = {column.x, column.y, column.z, column.w};
     if (column_group < row_group - 1) {
       const auto between = load_vec<uint32_t, 4>(reinterpret_cast<const uint32_t*>(
@@ -421,17 +483,19 @@ __device__ __forceinline__ void make_systems(const RowOperands<K>& rows, const f
   if (at.group >= 4) image.a_qk[a_qk_entry(at.group, 1)][at.lane] = make_uint4(a_qk[4], a_qk[5], a_qk[6], a_qk[7]);
 }
 
-// Phase 5. 32 rows (channels of w, or values of u) of X = R T^T with R = rows x tokens, by forward substitution over
-// the groups: X_i = (R_i - sum over j < i of X_j A_ij^T) T_ii^T. x[group][half] are fp16 pairs of tokens 2t, 2t + 1:
-// rows g and g + 8 of the half.
+// Phase 5. 32 rows (the warp's: channels of w, then values of u) of X = R T^T with R = rows x tokens, by forward
+// substitution over the groups: X_i = (R_i - sum over j < i of X_j A_ij^T) T_ii^T. x[group][half] are fp16 pairs of
+// tokens 2t, 2t + 1: rows g and g + 8 of the half.
 template <int K, int V>
-__device__ __forceinline__ void substitute(const uint4 (&right_side)[kGroups][kWarp], const PrepShared<K, V>& shared,
-                                           uint32_t (&x)[kGroups][2][2]) {
+__device__ __forceinline__ void substitute(const PrepShared<K, V>& shared, uint32_t (&x)[kGroups][2][2]) {
   const PrepLane at;
+  const uint4* right_side = at.group < K / 32 ? &shared.q_then_k_start[0][at.group][at.lane]
+                                              : &shared.v[0].operands[at.group - K / 32][at.lane];
+  const int step = at.group < K / 32 ? sizeof(shared.q_then_k_start[0]) / 16 : sizeof(shared.v[0]) / 16;
   float sum[kGroups][2][4];
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
-    const uint4 words = right_side[i][at.lane];
+    const uint4 words = right_side[i * step];
     const uint32_t w[4] = {words.x, words.y, words.z, words.w};
     const auto beta = load_vec<float, 2>(&shared.beta[kGroup * i + 2 * at.t]);
 #pragma unroll
@@ -485,7 +549,7 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
   const PrepLane at;
   const int num_heads = static_cast<int>(p.num_value_heads);
   // From the last chunk to the first: the second kernel finds the images it begins with in the L2 cache.
-  const int chunk = segment.first + segment.count - 1 - static_cast<int>(blockIdx.x) / num_heads;
+  const int chunk = segment.first + segment.count - 1 - static_cast<int>(blockIdx.y);
   const int sequence = sequence_of_chunk(p.cu_seqlens, static_cast<int>(p.num_sequences), chunk);
   if (sequence < 0 || p.slots[sequence] < 0) return;
   PrepTask task;
@@ -494,53 +558,38 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
   const int left = p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence] - offset;
   if (left <= 0) return;
   task.count = left < kChunk ? left : kChunk;
-  task.head = static_cast<int>(blockIdx.x) % num_heads;
-  task.qk_head = task.head / (num_heads / static_cast<int>(p.num_heads));
-  auto& image = image_of<ChunkImage<K, V>>(segment, chunk, task.head, num_heads);
+  task.head = static_cast<int>(blockIdx.x);
+  task.qk_head =
+      p.num_value_heads == p.num_heads ? task.head : task.head / static_cast<int>(p.num_value_heads / p.num_heads);
 
-  // Phase 1: inputs. Lane 4 g + t has token g of the group.
+  // Phase 1: inputs, gates, norms.
+  PrepInputs<T, K, V> inputs;
+  inputs.load(p, task, segment.wide_inputs, &shared.q_then_k_start[at.group][0][0], shared.v[at.group].rows);
+  group_gates(p, task, inputs.gates, shared);
   const int token_in_chunk = kGroup * at.group + at.g;
-  const bool valid = token_in_chunk < task.count;
-  const int64_t token = task.first_token + token_in_chunk;
-  TokenRow<T, K> q_row, k_row;
-  q_row.load(static_cast<const T*>(p.q) + token * p.q_token_stride + task.qk_head * p.q_head_stride, valid,
-             segment.wide_q);
-  k_row.load(static_cast<const T*>(p.k) + token * p.k_token_stride + task.qk_head * p.k_head_stride, valid,
-             segment.wide_k);
-  uint2 v_row[V / 16];
-  const T* v = static_cast<const T*>(p.v) + token * p.v_token_stride + task.head * p.v_head_stride + 4 * at.t;
-#pragma unroll
-  for (int m = 0; m < V / 16; ++m) {
-    v_row[m] = make_uint2(0, 0);
-    if (valid) v_row[m] = bits_as<uint2>(load_elements<T, 4>(v + 16 * m, segment.wide_v));
-  }
-  float beta = 0.0f;
-  if (valid) {
-    const int64_t beta_at = token * p.beta_token_stride + task.head * p.beta_head_stride;
-    beta = p.beta_dtype == DType::kF32 ? static_cast<const float*>(p.beta)[beta_at]
-                                       : to_float(static_cast<const T*>(p.beta)[beta_at]);
-    if (p.use_beta_sigmoid) beta = sigmoid(beta);
-  }
-  float gates[kGroup][K / kWarp];
-  if (p.g_dtype == DType::kF32)
-    load_gates<K, float>(p, task, segment.wide_g, gates);
-  else
-    load_gates<K, T>(p, task, segment.wide_g, gates);
-  group_gates(p, task, gates, shared);
-  float q_scale = 1.0f, k_scale = 1.0f;
+  float beta = p.use_beta_sigmoid ? sigmoid(inputs.beta) : inputs.beta, q_scale = 1.0f, k_scale = 1.0f;
   bool exact = false;  // numbers that fp16 operands may not hold, or a recurrence that grows
+  cp_async_wait<0>();
+  __syncwarp();
+  uint4 q_row[K / 32];
+#pragma unroll
+  for (int j = 0; j < K / 32; ++j) q_row[j] = shared.q_then_k_start[at.group][j][at.lane];
   if (p.use_qk_l2norm) {
-    q_scale = q_row.inverse_norm();
-    k_scale = k_row.inverse_norm();
+    q_scale = inverse_norm<T>(q_row);
+    k_scale = inverse_norm<T>(inputs.k);
     if (!p.use_beta_sigmoid) exact = beta < 0.0f || beta > 2.2f;
   } else {
-    const float q2 = q_row.squares(1.0f), k2 = k_row.squares(1.0f);
+    const float q2 = row_squares<T>(q_row, 1.0f), k2 = row_squares<T>(inputs.k, 1.0f);
     exact = beta < 0.0f || beta * k2 > 2.2f || k2 > 0x1p12f || q2 > 0x1p16f || (k2 > 0.0f && k2 < 0x1p-12f) ||
             (q2 > 0.0f && q2 < 0x1p-16f);
   }
+  if (token_in_chunk >= task.count) beta = q_scale = k_scale = 0.0f;  // nothing of such a token is left
+  uint2 v_row[V / 16];                                                // of the lane's token, values 16 m + 4 t .. + 3
   float largest = 0.0f;
 #pragma unroll
   for (int m = 0; m < V / 16; ++m) {
+    const int piece = value_piece<V>(at.g, 2 * m + at.t / 2);
+    v_row[m] = reinterpret_cast<const uint2*>(&shared.v[at.group].rows[piece])[at.t % 2];
     const float2 a = unpack2<T>(v_row[m].x), b = unpack2<T>(v_row[m].y);
     largest = fmaxf(fmaxf(fmaxf(largest, fabsf(a.x)), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y)));
   }
@@ -552,10 +601,14 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
     shared.largest_value[at.group] = largest;
     shared.smallest_value[at.group] = smallest;
   }
-  if (at.t == 0) shared.beta[token_in_chunk] = beta;
+  if (at.t == 0) {
+    shared.beta[token_in_chunk] = beta;
+    shared.scales[token_in_chunk] = make_float2(q_scale, k_scale);
+  }
   exact = __syncthreads_or(exact);
 
   // Phase 2: factors of the groups within the chunk; the unit of the values.
+  auto& image = image_of<ChunkImage<K, V>>(segment, chunk, task.head, num_heads);
   chunk_factors(shared, image.factors);
 #pragma unroll
   for (int m = 0; m < kGroups; ++m) {
@@ -580,34 +633,42 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
       const float2 pair = unpack2<T>(h % 2 == 0 ? words.x : words.y);
       w[h] = pack2<Fp16>(pair.x * unit, pair.y * unit);
     }
-    shared.v[i][at.group][at.lane] = movmatrix_trans(make_uint4(w[0], w[1], w[2], w[3]));
+    shared.v[at.group].operands[i][at.lane] = movmatrix_trans(make_uint4(w[0], w[1], w[2], w[3]));
   }
   __syncthreads();
 
   // Phase 3: operands.
   RowOperands<K> rows;
   float diagonal[4] = {};
-  make_operands(q_row, k_row, q_scale, k_scale, shared, image.factors, rows, diagonal);
+  make_operands<T>(inputs.k, shared, image.factors, rows, diagonal);
   __syncthreads();
 
   // Phase 4: A_kk, A_qk and the diagonal inverses.
   make_systems(rows, diagonal, shared, image.factors);
   __syncthreads();
 
-  // Phase 5: w and u, 32 rows a warp.
+  // Phase 5: kg in pairs of groups; w and u, 32 rows a warp.
+#pragma unroll
+  for (int i = 0; i < K / 64; ++i) {
+    const int s = at.group / 2, j = at.group % 2 * (K / 64) + i;
+    const uint4 even = shared.groups[2 * s][j].operands.kg[at.lane],
+                odd = shared.groups[2 * s + 1][j].operands.kg[at.lane];
+    image.factors.kg[s][2 * j][at.lane] = make_uint4(even.x, odd.x, even.y, odd.y);
+    image.factors.kg[s][2 * j + 1][at.lane] = make_uint4(even.z, odd.z, even.w, odd.w);
+  }
+  if (at.group >= K / 32 + V / 32) return;
   uint32_t x[kGroups][2][2];
+  substitute(shared, x);
   if (at.group < K / 32) {
     const int j = at.group;
-    substitute(shared.k_start[j], shared, x);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       uint4 w = movmatrix_trans(make_uint4(x[i][0][0], x[i][0][1], x[i][1][0], x[i][1][1]));
       constexpr uint32_t kSigns = 0x80008000u;
       image.factors.w[i][j][at.lane] = make_uint4(w.x ^ kSigns, w.y ^ kSigns, w.z ^ kSigns, w.w ^ kSigns);
     }
-  } else if (at.group < K / 32 + V / 32) {
+  } else {
     const int m = 2 * (at.group - K / 32);
-    substitute(shared.v[at.group - K / 32], shared, x);
 #pragma unroll
     for (int s = 0; s < kGroups / 2; ++s) {
 #pragma unroll
