@@ -212,6 +212,7 @@ __device__ __forceinline__ void write_rows(const uint32_t (&rows)[kGroups][2], T
   }
 }
 
+// SASS: tensor cores, 16-byte loads
 template <typename T, int K, int V, int kWarps, int kStages>
 __global__ void __launch_bounds__(kWarps* kWarp, 1)
     kda_chain_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {

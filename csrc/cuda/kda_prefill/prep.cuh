@@ -542,6 +542,7 @@ __device__ __forceinline__ void substitute(const PrepShared<K, V>& shared, uint3
   }
 }
 
+// SASS: tensor cores, 16-byte loads, stack 8 (at the 128 registers that two blocks on a multiprocessor leave)
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kPrepThreads, 2)
     kda_prep_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
