@@ -57,7 +57,7 @@ void run_sequence(const KdaDecodeParams& p, int64_t n, int64_t hv, int64_t first
 
 void kda_decode(const KdaDecodeParams& p) {
   if (p.num_sequences == 0) return;
-  KIMI_CHECK(p.workspace, "kda_decode: workspace must not be null");
+  if (p.workspace == nullptr) reject_null_workspace("kda_decode");
   const int64_t num_blocks = p.value_dim / kRows, heads = p.num_sequences * p.num_value_heads;
   int64_t shares = 1;
   while (shares < num_blocks && heads * shares < max_threads()) ++shares;
@@ -75,7 +75,7 @@ void kda_decode(const KdaDecodeParams& p) {
 
 void kda_decode_fused(const KdaDecodeFusedParams& p) {
   if (p.kda.num_sequences == 0) return;
-  KIMI_CHECK(p.workspace, "kda_decode_fused: workspace must not be null");
+  if (p.workspace == nullptr) reject_null_workspace("kda_decode_fused");
   KdaDecodeParams kda = p.kda;
   const int64_t num_tokens = kda.num_sequences * kda.tokens_per_sequence;
   const int64_t qk_channels = kda.num_heads * kda.key_dim, v_channels = kda.num_value_heads * kda.value_dim;

@@ -78,7 +78,7 @@ void attend_tile(const MlaPrefillParams& p, const AttentionTile& tile, int64_t s
 
 void mla_prefill(const MlaPrefillParams& p) {
   if (p.num_queries == 0 || p.num_seqs == 0 || p.num_heads == 0) return;
-  KIMI_CHECK(p.workspace, "mla_prefill: workspace must not be null");
+  if (p.workspace == nullptr) reject_null_workspace("mla_prefill");
   char* const workspace = static_cast<char*>(p.workspace);
   int64_t* const first_tile = reinterpret_cast<int64_t*>(workspace);
   char* const scratch = workspace + tile_table_bytes(p);

@@ -20,7 +20,7 @@ constexpr int kCached = 3;
 // `Width` elements per access: kVec<T> where everything is aligned for it, else 1.
 // SASS: 16-byte loads
 template <typename T, int Width>
-__global__ void __launch_bounds__(kTokens* kWarp) mla_cache_write_kernel(MlaCacheWriteParams p) {
+__global__ void __launch_bounds__(kTokens* kWarp, 8) mla_cache_write_kernel(MlaCacheWriteParams p) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kWarp;
   if (token >= p.num_tokens) return;
   const int64_t width = p.latent_dim + p.rope_dim;

@@ -70,4 +70,10 @@ void reject_dtype(DType dtype) {
   throw Error("unreachable");
 }
 
+void reject_null_workspace(const char* op) {
+  const void* workspace = nullptr;
+  KIMI_CHECK(workspace, op, ": workspace must not be null");
+  throw Error("unreachable");
+}
+
 }  // namespace kimi::cpu

@@ -29,6 +29,7 @@ bool has_bf16_dot();
 // Throws. A plain function, because templates and inline functions that are not in the KIMI_ISA namespace must not be
 // instantiated in the copies: the linker keeps one of them, and it could be the one with AVX-512 in it.
 [[noreturn]] void reject_dtype(DType dtype);
+[[noreturn]] void reject_null_workspace(const char* op);
 
 }  // namespace kimi::cpu
 
