@@ -178,7 +178,7 @@ def judge_tests(code: int, output: str) -> tuple[bool, str]:
 def judge_sanitizer(tool: str, code: int, output: str) -> tuple[bool, str]:
     """The same for a run of pytest under compute-sanitizer. Findings count only where one of our kernels is named."""
     good, text = judge_tests(code, output)
-    summary = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)", output, re.MULTILINE)
+    summary = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)\b(?! were not)", output, re.MULTILINE)
     if not summary:
         return False, "no report" if good else text
     findings = int(summary[-1])

@@ -179,3 +179,11 @@ def test_records_are_flat_and_complete(path):
 
 def test_the_page_says_what_the_records_say():
     bench_report.main(["--check"])
+
+
+def test_every_faster_peer_has_its_reason():
+    for path in RESULTS:
+        if path.stem == "cpu":
+            continue
+        missing = set(bench_report.behind(json.loads(path.read_text()))) - set(bench_report.REASONS)
+        assert not missing, f"{path.name}: no reason in scripts/bench_report.py for {sorted(missing)}"

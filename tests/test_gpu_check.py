@@ -112,6 +112,7 @@ TORCHS = OURS.replace("kimi::cuda::rms_norm_kernel<float, (int)1>(kimi::RmsNormP
         ("racecheck", 0, "3 passed in 1.0s\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", (True, "3 ok")),
         ("racecheck", 0, "3 passed in 1.0s\n========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n", (False, "2 FOUND")),
         ("synccheck", 1, "1 failed in 1.0s\n========= ERROR SUMMARY: 0 errors\n", (False, "1 FAILED")),
+        ("synccheck", 1, "========= ERROR SUMMARY: 60 errors\n========= ERROR SUMMARY: 10 errors were not printed.\n", (False, "60 FOUND")),
         ("memcheck", 0, "3 passed in 1.0s\n", (False, "no report")),
         ("memcheck", 9, "========= Error: Device not supported\n", (False, "exit 9")),
         ("memcheck", 0, "3 skipped in 1.0s\n========= ERROR SUMMARY: 0 errors\n", (False, "no test")),

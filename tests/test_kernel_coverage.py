@@ -45,6 +45,13 @@ def test_checking(kernels, listed, errors):
     )
 
 
+def test_known_gaps():
+    names = ["# a comment", *(TESTS[i].name for i in [0, 1, 3])]
+    assert check(TESTS, KERNELS | {"i"}, ["# not run: i", *names]) == []
+    assert check(TESTS, KERNELS, ["# not run: i", *names]) == ["sanitized.txt: i is run, or is no kernel"]
+    assert check(TESTS, KERNELS, ["# not run: h", *names]) == ["sanitized.txt: h is run, or is no kernel"]
+
+
 def test_names_of_kernels():
     assert short("void kimi::cuda::(anonymous namespace)::f<__half, 4>(kimi::Params, int)") == "f<__half, 4>"
     assert short("void kimi::cuda::x::(anonymous namespace)::f<Shape<(int)4, g(int)> >(kimi::Params)") == "x::f<Shape<(int)4, g(int)> >"

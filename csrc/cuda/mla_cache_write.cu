@@ -14,8 +14,8 @@ namespace kimi::cuda {
 namespace {
 
 constexpr int kTokens = 4;  // of a block, one per warp
-constexpr int kCached =
-    3;  // vectors of a row that a lane keeps in registers: 576 elements of 2 bytes; more are read again
+// Vectors of a row that a lane keeps in registers: 576 elements of 2 bytes. More are read again.
+constexpr int kCached = 3;
 
 // `Width` elements per access: kVec<T> where everything is aligned for it, else 1.
 // SASS: 16-byte loads
@@ -35,10 +35,11 @@ __global__ void __launch_bounds__(kTokens* kWarp) mla_cache_write_kernel(MlaCach
   float squares = 0.0f;
   const auto add_squares = [&](int64_t at, const Packed<T, Width>& v) {
     if (at >= p.latent_dim) return;
-    float x[Width];
+    float x[Width], sum = 0.0f;
     v.unpack(x);
 #pragma unroll
-    for (int i = 0; i < Width; ++i) squares = fmaf(x[i], x[i], squares);
+    for (int i = 0; i < Width; ++i) sum = fmaf(x[i], x[i], sum);
+    squares += sum;
   };
 #pragma unroll
   for (int j = 0; j < kCached; ++j) {

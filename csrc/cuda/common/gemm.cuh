@@ -87,8 +87,8 @@ __device__ __forceinline__ void store_results(T* to, const float (&v)[N], int co
 //
 // A warp works on one item after the other: up to 16 tokens times kTiles x 8 weight rows. The weights go through a ring
 // of the warp's own in shared memory, kStages x 128 columns deep, which runs on from one item into the next, so that
-// memory is waited for once. The tokens' rows are in shared memory from the start (stream_copy_row). There is no barrier
-// but the warp's.
+// memory is waited for once. The tokens' rows are in shared memory from the start (stream_copy_row). There is no
+// barrier but the warp's.
 //
 // Problem:  struct Item { const T* w[2]; int rows[2]; int64_t w_stride, k; int x_row; ... };
 //             w, rows: the two (or one) times 8 weight rows and how many of them exist; x_row: of the rows in shared
@@ -132,11 +132,19 @@ class Stream {
   using Item = typename Problem::Item;
   using Ring = WarpRing<kTiles, kStages>;
 
-  // Items first, first + stride, ... of the problem. `rows`: the tokens' rows. All shared memory is aligned to 256 bytes.
+  // Items first, first + stride, ... of the problem. `rows`: the tokens' rows. All shared memory is aligned to 256
+  // bytes.
   __device__ Stream(const Problem& problem, Ring& ring, const unsigned char* rows, int64_t row_bytes, int64_t first,
                     int64_t stride)
-      : problem_(problem), ring_(ring.bytes), rows_(rows), row_bytes_(static_cast<int>(row_bytes)),
-        items_(problem.num_items()), first_(first), stride_(stride), next_(first), lane_(threadIdx.x % kWarp) {
+      : problem_(problem),
+        ring_(ring.bytes),
+        rows_(rows),
+        row_bytes_(static_cast<int>(row_bytes)),
+        items_(problem.num_items()),
+        first_(first),
+        stride_(stride),
+        next_(first),
+        lane_(threadIdx.x % kWarp) {
     copy_to_ = lane_ / 16 * kStreamRowBytes + (lane_ % 16 ^ lane_ / 16) * 16;
     open_next();
   }
@@ -151,8 +159,8 @@ class Stream {
 
   // After `start`, and when the tokens' rows are there for all lanes.
   __device__ void run() {
-    // Matrices of a: rows 0-7, rows 8-15, then both again 8 columns on. Of b: 8 columns and the next 8, of both tiles; of
-    // one tile 32 columns.
+    // Matrices of a: rows 0-7, rows 8-15, then both again 8 columns on. Of b: 8 columns and the next 8, of both tiles;
+    // of one tile 32 columns.
     const int column = lane_ % 8, tile = kTiles == 2 ? lane_ / 16 : 0;
     const int row = Problem::kGated ? 8 * tile + column : row_of_column<kTiles>(tile, column);
     const int w_lane = row * kStreamRowBytes + ((kTiles == 2 ? lane_ / 8 % 2 : lane_ / 8) ^ column) * 16;
@@ -196,7 +204,8 @@ class Stream {
   struct Fragments {
     uint32_t x[kSteps][4], w[kSteps][kTiles][2];
 
-    __device__ __forceinline__ void load(const unsigned char* rows, int x_at, const unsigned char* ring, int w_at, int half) {
+    __device__ __forceinline__ void load(const unsigned char* rows, int x_at, const unsigned char* ring, int w_at,
+                                         int half) {
       x_at += half * kStreamRowBytes / 2;
       w_at += half * kStreamRowBytes / 2;
 #pragma unroll

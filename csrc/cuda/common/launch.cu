@@ -24,6 +24,10 @@ int compute_capability() {
   return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
+int max_shared_bytes() {
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
 bool use_sm90() {
   static const bool forced_portable = [] {
     const char* path = std::getenv("KIMI_CUDA_PATH");

@@ -23,6 +23,7 @@ namespace kimi::cuda {
 // multiprocessors, for tests: with few of them small problems take the kernels of large ones.
 int multiprocessors();
 int compute_capability();  // 90 for 9.0
+int max_shared_bytes();    // that a block can have: 227 KB on 9.0, 163 on 8.0, 99 on 8.6 and 8.9
 
 // Whether the Hopper kernels may run: the device is of compute capability 9.0, and the environment variable
 // KIMI_CUDA_PATH (read once) is not "portable".

@@ -16,9 +16,9 @@
 // Phases, a block barrier after each: 1 inputs, gates, norms; 2 factors of the groups; 3 operands; 4 A_kk, A_qk and the
 // inverses of the diagonal blocks of I + A_kk; 5 w and u by forward substitution over the groups.
 //
-// Bytes: 64 KB read and 70 KB written a block at K = V = 128, which bounds it: 31 ns a block at 4.27 TB/s, as long as
-// the 60 or so instructions an element (4,000 issue cycles a block) and the products (1.4 M multiply-adds, 1,100 cycles
-// at the rate of mma.sync) overlap with it, which is what the second block on the multiprocessor is for.
+// Bytes: 64 KB read and 70 KB written a block at K = V = 128: 31 ns at 4.27 TB/s. The products are 1.4 M multiply-adds,
+// 1,100 cycles at the rate of mma.sync; the instructions, about 3,500 a warp, 7,000 cycles: they bound it, and waiting
+// between them, which the second block on the multiprocessor is for.
 #pragma once
 
 #include "cuda/common/activations.h"

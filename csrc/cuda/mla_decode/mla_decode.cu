@@ -19,7 +19,7 @@ void mla_decode(const MlaDecodeParams& p, cudaStream_t stream) {
   namespace detail = mla_decode_detail;
   if (p.num_seqs == 0) return;
   const detail::Workspace workspace = detail::workspace_of(p);
-  if (detail::released_shape(p)) {
+  if (detail::on_tensor_cores(p)) {
     dispatch_half(p.dtype, [&]<typename T>() {
       detail::launch_portable<T>(p, workspace, stream);
       detail::launch_merge<T, true>(p, workspace, stream);

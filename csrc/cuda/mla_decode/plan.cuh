@@ -14,6 +14,7 @@
 #pragma once
 
 #include "cuda/common/attention.h"
+#include "cuda/common/launch.h"
 #include "cuda/common/ptx.h"
 #include "kimi/mla_decode.h"
 
@@ -86,9 +87,11 @@ struct Workspace {
   int64_t bytes;
 };
 
-// Whether the tensor-core kernel runs.
-inline bool released_shape(const MlaDecodeParams& p) {
-  return p.dtype != DType::kF32 && p.latent_dim == kLatentDim && p.rope_dim == kRopeDim;
+// Whether the tensor-core kernel runs: released dims, a 16-bit type, and the shared memory that it needs.
+inline constexpr int kSharedBytes = 222 << 10;
+inline bool on_tensor_cores(const MlaDecodeParams& p) {
+  return p.dtype != DType::kF32 && p.latent_dim == kLatentDim && p.rope_dim == kRopeDim &&
+         max_shared_bytes() >= kSharedBytes;
 }
 
 inline int generic_units(const MlaDecodeParams& p) {
@@ -98,9 +101,9 @@ inline int generic_units(const MlaDecodeParams& p) {
 
 inline Workspace workspace_of(const MlaDecodeParams& p) {
   const int64_t blocks = ceil_div<int64_t>(capacity(p), kBlockRows);
-  const int64_t most = released_shape(p) ? ceil_div<int64_t>(blocks, kSegmentBlocks) : blocks;
+  const int64_t most = on_tensor_cores(p) ? ceil_div<int64_t>(blocks, kSegmentBlocks) : blocks;
   const int64_t segments = most < kMaxSegments ? most : kMaxSegments;  // of any length up to the capacity
-  const int64_t splits = released_shape(p) ? p.num_seqs * (blocks < kMaxSplits ? blocks : kMaxSplits) : 0;
+  const int64_t splits = on_tensor_cores(p) ? p.num_seqs * (blocks < kMaxSplits ? blocks : kMaxSplits) : 0;
   const int64_t split_units = splits < kMaxSplitUnits ? splits : kMaxSplitUnits;
   const int64_t slots = p.num_seqs * segments > split_units ? p.num_seqs * segments : split_units;
   Workspace w;

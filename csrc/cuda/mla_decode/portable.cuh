@@ -1,22 +1,22 @@
 // mla_decode on the tensor cores of compute capability 8.0 and later (mma.sync), for the released dims 512 + 64 in bf16
 // or fp16.
 //
-// Grid: (as many blocks of 12 warps as multiprocessors) x (head tiles of 32, or of 16). Each thread block streams its
-// share of all sequences (schedule.cuh) through a ring of five tiles of 32 rows; a row is read from memory once for all
-// heads of a head tile. Two kinds of warps work side by side, one tile apart, and meet at one barrier a tile:
-//   4 score warps   tile t + 1: s = q k^T. Warp w adds up columns 16 (w + 4 i), i < 9, for which it keeps q in
-//   registers;
-//                   the four partial sums go through shared memory. Then p, of which each thread has 8 keys of a head.
-//   8 value warps   tile t: o += p v. Warp w owns columns [64 w, 64 w + 64) of o for all heads, in registers. At the
-//   end of
-//                   a split o is folded into the unit's o, also in registers. They also fetch tile t + 4.
+// Grid: (as many blocks of 256 threads as multiprocessors) x (head tiles of 32, or of 16). A thread block streams its
+// share of all sequences (schedule.cuh) through two buffers of 64 rows; a row is read from memory once for all heads of
+// a head tile. Per block of rows:
+//   q k^T    warp w adds up columns 16 (w % 4 + 4 i), i < 9, of all heads and keys 32 (w / 4) + [0, 32); the four
+//   partial
+//            sums go through shared memory, so that q is read there by two warps and the keys by one
+//   softmax  8 (or 16) threads a head; p goes to shared memory in the input type
+//   p v      warp w owns columns [64 w, 64 w + 64) of o, for all heads, in registers; the values are the keys' rows
+// and at the end of a split o is folded into the unit's o, also in registers.
 //
-// Shared memory, 204 KB: rows 5 x 32 x 576 (180 KB), partial s 4 x 32 x 32 fp32 (16 KB), p 2 x 32 x 32. Rows of `rows`
-// are multiples of 128 bytes: 16-byte chunk c of row r lies at c ^ (r % 8).
+// Shared memory, 221 KB: rows 2 x 64 x 576 (144 KB), q 32 x 576 (36 KB), partial s 4 x 32 x 72 fp32 (36 KB), p 32 x 64.
+// Rows are multiples of 128 bytes; 16-byte chunk c of row r lies at c ^ (r % 8).
 //
-// 32 heads: a tile is 36 KB from memory, 1.16 us = 2030 cycles of a 132nd of 4.27 TB/s; 2.2 Mflop, 820 cycles of
-// mma.sync; 158 KB through shared memory, 1230 cycles; q k^T and softmax one after the other about 1400. Bound by
-// memory where all multiprocessors have work, with up to 108 KB of it under way on each.
+// 32 heads: a block of 64 rows is 72 KB from memory, 2.3 us of a 132nd of 4.27 TB/s, and 4.5 Mflop; mma.sync needs 0.9
+// us for them, shared memory 385 KB = 1.7 us at 128 bytes a cycle. That would be bound by memory, but the three phases
+// follow each other with a barrier in between, and take 3.3 us (docs/mla.md).
 #pragma once
 
 #include <algorithm>
@@ -29,145 +29,178 @@
 
 namespace kimi::cuda::mla_decode_detail {
 
-inline constexpr int kStages = 5;
-inline constexpr int kScoreWarps = 4, kValueWarps = 8, kScoreThreads = kScoreWarps * kWarp;
-inline constexpr int kThreads = (kScoreWarps + kValueWarps) * kWarp;
-inline constexpr int kDepthSteps = kRowDim / 16 / kScoreWarps;
-inline constexpr int kWarpColumns = kLatentDim / kValueWarps;
-static_assert(kThreads == kPlanThreads);
-
-// What the score warps leave for the value warps, besides p: factors of each head's o.
-template <int kHeads>
-struct Factors {
-  float rescale[kHeads];                       // in the middle of a split
-  float fold_old[kHeads], fold_added[kHeads];  // at its end: of the unit's o and of the split's
-  float inverse[kHeads];                       // at the end of a unit that is a sequence
-};
+inline constexpr int kDepthGroups = 4, kKeyGroups = kWarps / kDepthGroups;  // of warps in q k^T
+inline constexpr int kGroupKeys = kBlockRows / kKeyGroups;
+inline constexpr int kDepthSteps = kRowDim / 16 / kDepthGroups;
+inline constexpr int kWarpColumns = kLatentDim / kWarps;
+inline constexpr int kScorePitch = kBlockRows + 8;  // 8: the two-word accesses of four rows in different banks
 
 template <typename T, int kHeads>
 struct alignas(128) DecodeShared {
-  T rows[kStages][kTileRows * kRowDim];
-  float s[kScoreWarps][kHeads * kTileRows];
-  T p[2][kHeads * kTileRows];
-  Factors<kHeads> factors[2];
+  T rows[2][kBlockRows * kRowDim];
+  T q[kHeads * kRowDim];
+  float s[kDepthGroups][kHeads][kScorePitch];
+  T p[kHeads * kBlockRows];
+  float rescale[kHeads], fold_old[kHeads], fold_added[kHeads], inverse[kHeads];
   float unit_max[kHeads], unit_sum[kHeads], unit_rounded_sum[kHeads];  // of the unit's splits before
-  Schedule schedule;
-  uint16_t value_thread[kValueWarps * kWarp];
+  Step steps[4];
+  Cursor cursor;
+  int warp_blocks[kWarps], warp_splits[kWarps], warp_segments[kWarps];
+  bool by_split;
 };
 
-// Where a partial sum of s lies: four keys together, their order in a row of 32 such that eight rows written by pairs
-// and two rows read by fours are in different banks.
-__device__ __forceinline__ int score_at(int head, int key) {
-  return head * kTileRows + (key / 4 ^ (head % 4 * 2 + head / 4 % 2)) * 4 + key % 4;
-}
-// Where p lies: rows of 64 bytes, 16-byte chunks in an order that puts those of eight rows in different banks.
-__device__ __forceinline__ int probability_at(int head, int key) {
-  return head * kTileRows + (key / 8 ^ head / 2 % 4) * 8 + key % 8;
-}
-
-__device__ __forceinline__ void block_barrier() {
-  barrier_sync(1, kThreads);
-}
-__device__ __forceinline__ void score_barrier() {
-  barrier_sync(2, kScoreThreads);
+// 8 elements from global to shared memory; zeros when not valid. Plain loads where addresses are not multiples of 16.
+template <typename T, bool Vector>
+__device__ __forceinline__ void copy_chunk(T* to, const T* from, bool valid) {
+  if constexpr (Vector) {
+    cp_async_16(to, from, valid);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) to[i] = valid ? from[i] : from_float<T>(0.0f);
+  }
 }
 
-// The score warps. `Vector`: q may be read by 4 bytes and the cache by 16.
+// `Vector`: q and the cache may be read by 16 bytes.
 template <typename T, int kHeads, bool Vector>
-class ScoreWarps {
-  static constexpr int kTiles = kHeads / 16;  // m16 tiles of heads
-  static constexpr int kHeadThreads = kScoreThreads / kHeads, kThreadKeys = kTileRows / kHeadThreads;  // in the softmax
+class DecodeBlock {
+  static constexpr int kTiles = kHeads / 16;                                                       // m16 tiles of heads
+  static constexpr int kHeadThreads = kThreads / kHeads, kThreadKeys = kBlockRows / kHeadThreads;  // in the softmax
 
  public:
-  __device__ ScoreWarps(const MlaDecodeParams& p, const Workspace& w, const DecodeOptions& options,
-                        DecodeShared<T, kHeads>& shared)
-      : p_(p),
-        w_(w),
-        options_(options),
-        shared_(shared),
-        steps_(shared.schedule.steps),
-        first_head_(blockIdx.y * kHeads) {}
+  using Shared = DecodeShared<T, kHeads>;
+
+  __device__ DecodeBlock(const MlaDecodeParams& p, const Workspace& w, const DecodeOptions& options, Shared& shared)
+      : p_(p), w_(w), options_(options), shared_(shared), first_head_(blockIdx.y * kHeads) {}
 
   __device__ void run() {
+    plan_work(p_, w_, options_, shared_);
+    if (thread_ == 0) {
+      for (int i = 0; i < 3; ++i) shared_.steps[i] = next_step(p_, shared_.by_split, shared_.cursor);
+    }
+    __syncthreads();
+    if (shared_.steps[0].rows == 0) return;
     if (thread_ % kHeadThreads == 0) begin_unit(thread_ / kHeadThreads);
-    load_q(steps_[0]);
-    block_barrier();
-    for (int tile = 0;; ++tile) {
-      if (steps_[tile % kSteps].rows != 0) {
-        scores(shared_.rows[tile % kStages]);
-        const Step& next = steps_[(tile + 1) % kSteps];
-        if (next.is(Step::kNewSequence)) load_q(next);
-        score_barrier();
-        softmax(steps_[tile % kSteps], tile % 2);
-        if (thread_ == 0) {
-          shared_.schedule.steps[(tile + 6) % kSteps] =
-              next_step(p_, shared_.schedule.by_split, shared_.schedule.cursor);
-        }
-      }
-      block_barrier();
-      if (steps_[tile % kSteps].rows == 0) break;
+    find_pages(shared_.steps[0]);
+    load_q(shared_.steps[0]);
+    const RowLoader first_rows = row_loader(shared_.steps[0], 0);
+#pragma unroll
+    for (int i = 0; i < kDepthSteps; ++i) first_rows.piece(i);
+    find_pages(shared_.steps[1]);
+
+#pragma unroll 1
+    for (int i = 0;; ++i) {
+      const Step& step = shared_.steps[i % 4];
+      // These rows have come (and q), and nobody reads the other buffer any more: fetch the next ones into it.
+      cp_async_commit();
+      cp_async_wait<0>();
+      if (step.new_sequence && p_.scale < 0) negate_q();
+      __syncthreads();
+      if (step.rows == 0) break;
+      const Step& next = shared_.steps[(i + 1) % 4];
+      const RowLoader next_rows = row_loader(next, (i + 1) % 2);
+      find_pages(shared_.steps[(i + 2) % 4]);
+      if (thread_ == 0) shared_.steps[(i + 3) % 4] = next_step(p_, shared_.by_split, shared_.cursor);
+
+      scores(shared_.rows[i % 2], next_rows);
+      __syncthreads();
+      if (next.new_sequence) load_q(next);
+      softmax(step);
+      __syncthreads();
+      values(step, shared_.rows[i % 2]);
     }
   }
 
  private:
-  // q as operand a: rows g, g + 8 of columns 2 t, 2 t + 1, then both of columns + 8. Zeros for heads past the last one.
-  __device__ void load_q(const Step& step) {
-    const T* const q = static_cast<const T*>(p_.q) + step.seq * p_.q_seq_stride + first_head_ * p_.q_head_stride;
-    const uint32_t sign = p_.scale < 0 ? 0x80008000u : 0u;
+  // Where this thread's two rows of a step, thread / 8 and that + 32, lie: read a step before they are fetched.
+  __device__ void find_pages(const Step& step) {
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int head = 16 * m + lane_ / 4 + 8 * half;
-        const bool valid = first_head_ + head < p_.num_heads;
-        const T* const row = q + head * p_.q_head_stride + 16 * warp_ + lane_ % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < kDepthSteps; ++i) {
-#pragma unroll
-          for (int columns = 0; columns < 2; ++columns) {
-            Vec<T, 2> pair = {};
-            if (valid) {
-              const T* const from = row + 64 * i + 8 * columns;
-              if constexpr (Vector) {
-                pair = load_vec<T, 2>(from);
-              } else {
-                pair = {from[0], from[1]};
-              }
-            }
-            q_[i][m][half + 2 * columns] = bits_as<uint32_t>(pair) ^ sign;
-          }
-          if constexpr (!Vector)
-            __syncwarp();  // so that not all single elements are under way, in registers of their own
-        }
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int row = thread_ / 8 + 32 * half;
+      if (row >= step.rows) continue;
+      pages_[half] = p_.block_table[step.seq * p_.block_table_stride + options_.page_size(step.first_row + row)];
     }
   }
 
-  // This warp's part of q k^T, to shared memory.
-  __device__ void scores(const T* rows) {
-    // Columns 16 w + 64 i: chunks 8 apart have the same swizzle.
-    const T* const k = &rows[(lane_ % 8 + lane_ / 16 * 8) * kRowDim + ((2 * warp_ + lane_ / 8 % 2) ^ lane_ % 8) * 8];
-    float s[kTiles][kTileRows / 8][4] = {};
+  // This thread's part of a step's rows, in as many pieces as q k^T has steps: 8 threads a row, so that all chunks of a
+  // thread have the same swizzle.
+  struct RowLoader {
+    T* to;
+    const T* from[2];
+    bool valid[2];
+    __device__ void piece(int i) const {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        copy_chunk<T, Vector>(to + half * (32 * kRowDim) + 64 * i, from[half] + 64 * i, valid[half]);
+    }
+  };
+  __device__ RowLoader row_loader(const Step& step, int buffer) const {
+    const int row = thread_ / 8, chunk = thread_ % 8;
+    RowLoader loader;
+    loader.to = &shared_.rows[buffer][row * kRowDim + (chunk ^ row % 8) * 8];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = step.first_row + row + 32 * half;
+      const int in_page = at - options_.page_size(at) * static_cast<int>(options_.page_size.divisor);
+      loader.valid[half] = row + 32 * half < step.rows;
+      loader.from[half] = static_cast<const T*>(p_.cache) + chunk * 8;
+      if (loader.valid[half]) loader.from[half] += pages_[half] * p_.page_stride + in_page * kRowDim;
+    }
+    return loader;
+  }
+
+  // q of a sequence; zeros for heads past the last one.
+  __device__ void load_q(const Step& step) {
+    if (step.rows == 0) return;
+    const T* const q = static_cast<const T*>(p_.q) + step.seq * p_.q_seq_stride + first_head_ * p_.q_head_stride;
+#pragma unroll 3
+    for (int i = thread_; i < kHeads * (kRowDim / 8); i += kThreads) {
+      const int head = i / (kRowDim / 8), chunk = i % (kRowDim / 8);
+      copy_chunk<T, Vector>(&shared_.q[head * kRowDim + (chunk ^ head % 8) * 8],
+                            q + head * p_.q_head_stride + chunk * 8, first_head_ + head < p_.num_heads);
+    }
+  }
+  // Each thread what it has loaded.
+  __device__ void negate_q() {
+    for (int i = thread_; i < kHeads * (kRowDim / 8); i += kThreads) {
+      const int head = i / (kRowDim / 8), chunk = i % (kRowDim / 8);
+      uint32_t* const words = reinterpret_cast<uint32_t*>(&shared_.q[head * kRowDim + (chunk ^ head % 8) * 8]);
+#pragma unroll
+      for (int word = 0; word < 4; ++word) words[word] ^= 0x80008000u;
+    }
+  }
+
+  // This warp's part of q k^T, to shared memory. In between, the next rows are fetched.
+  __device__ void scores(const T* rows, const RowLoader& next_rows) {
+    const int depth_group = warp_ % kDepthGroups, first_key = warp_ / kDepthGroups * kGroupKeys;
+    // Columns 16 depth_group + 64 i: chunks 8 apart have the same swizzle.
+    const T* const q = &shared_.q[lane_ % 16 * kRowDim + ((2 * depth_group + lane_ / 16) ^ lane_ % 8) * 8];
+    const T* const k =
+        &rows[(first_key + lane_ % 8 + lane_ / 16 * 8) * kRowDim + ((2 * depth_group + lane_ / 8 % 2) ^ lane_ % 8) * 8];
+    float s[kTiles][kGroupKeys / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < kDepthSteps; ++i) {
+      next_rows.piece(i);
+      uint32_t a[kTiles][4];
 #pragma unroll
-      for (int n = 0; n < kTileRows / 8; n += 2) {
+      for (int m = 0; m < kTiles; ++m) ldmatrix_x4(a[m], q + 16 * m * kRowDim + 64 * i);
+#pragma unroll
+      for (int n = 0; n < kGroupKeys / 8; n += 2) {
         uint32_t b[4];
         ldmatrix_x4(b, k + 8 * n * kRowDim + 64 * i);
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
-          mma_m16n8k16<T>(s[m][n], q_[i][m], {b[0], b[1]});
-          mma_m16n8k16<T>(s[m][n + 1], q_[i][m], {b[2], b[3]});
+          mma_m16n8k16<T>(s[m][n], a[m], {b[0], b[1]});
+          mma_m16n8k16<T>(s[m][n + 1], a[m], {b[2], b[3]});
         }
       }
     }
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-      for (int n = 0; n < kTileRows / 8; ++n) {
+      for (int n = 0; n < kGroupKeys / 8; ++n) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float* const to = &shared_.s[warp_][score_at(16 * m + lane_ / 4 + 8 * half, 8 * n + lane_ % 4 * 2)];
+          float* const to = &shared_.s[depth_group][16 * m + lane_ / 4 + 8 * half][first_key + 8 * n + lane_ % 4 * 2];
           store_vec(to, Vec<float, 2>{s[m][n][2 * half], s[m][n][2 * half + 1]});
         }
       }
@@ -175,27 +208,24 @@ class ScoreWarps {
   }
 
   // p, and the state of this thread's head: max_, and its own keys' part of sum_ and rounded_sum_.
-  __device__ void softmax(const Step& step, int parity) {
-    const int head = thread_ / kHeadThreads;
-    if (step.is(Step::kSplitBegin)) {
+  __device__ void softmax(const Step& step) {
+    const int head = thread_ / kHeadThreads, first = thread_ % kHeadThreads * 4;
+    if (step.split_begin) {
       max_ = -INFINITY;
       sum_ = rounded_sum_ = 0.0f;
     }
-    // Four keys together, 4 kHeadThreads apart. Of two heads one begins with the second four, for the banks' sake.
-    const auto first_key = [&](int i) {
-      return thread_ % kHeadThreads * 4 + (kThreadKeys == 4 ? 0 : (i / 4 ^ head % 2) * 4 * kHeadThreads);
-    };
-    float s[kThreadKeys];
+    float s[kThreadKeys];  // keys first + 4 kHeadThreads j + e
     float largest = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kThreadKeys; i += 4) {
-      Vec<float, 4> part[kScoreWarps];
+      const int key = first + kHeadThreads * i;
+      Vec<float, 4> part[kDepthGroups];
 #pragma unroll
-      for (int w = 0; w < kScoreWarps; ++w) part[w] = load_vec<float, 4>(&shared_.s[w][score_at(head, first_key(i))]);
+      for (int group = 0; group < kDepthGroups; ++group) part[group] = load_vec<float, 4>(&shared_.s[group][head][key]);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float sum = (part[0].x[e] + part[1].x[e]) + (part[2].x[e] + part[3].x[e]);
-        s[i + e] = first_key(i) + e < step.rows ? sum : -INFINITY;
+        s[i + e] = key + e < step.rows ? sum : -INFINITY;
         largest = fmaxf(largest, s[i + e]);
       }
     }
@@ -206,6 +236,7 @@ class ScoreWarps {
     rounded_sum_ *= rescale;
 #pragma unroll
     for (int i = 0; i < kThreadKeys; i += 4) {
+      const int key = first + kHeadThreads * i;
       Vec<uint32_t, 2> packed;
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
@@ -216,37 +247,36 @@ class ScoreWarps {
         sum_ += lo + hi;
         rounded_sum_ += rounded.x + rounded.y;
       }
-      store_vec(reinterpret_cast<uint32_t*>(&shared_.p[parity][probability_at(head, first_key(i))]), packed);
+      store_vec(reinterpret_cast<uint32_t*>(&shared_.p[head * kBlockRows + (key / 8 ^ head % 8) * 8 + key % 8]),
+                packed);
     }
-    if (thread_ % kHeadThreads == 0) {
-      // At the beginning o is zero.
-      shared_.factors[parity].rescale[head] = step.is(Step::kSplitBegin) ? 1.0f : rescale;
-    }
-    if (step.is(Step::kSplitEnd)) finish_split(step, head, shared_.factors[parity]);
+    if (thread_ % kHeadThreads == 0) shared_.rescale[head] = rescale;
+    if (step.split_end) finish_split(step, head);
   }
 
   // Folds the split's sums into the unit's; at the end of the unit they go to the workspace, or decide the output.
-  __device__ void finish_split(const Step& step, int head, Factors<kHeads>& factors) {
+  __device__ void finish_split(const Step& step, int head) {
     const float sum = warp_sum<kHeadThreads>(sum_), rounded_sum = warp_sum<kHeadThreads>(rounded_sum_);
     if (thread_ % kHeadThreads != 0) return;
-    const FoldFactors folding(shared_.unit_max[head], max_);
-    const float unit_sum = fold(shared_.unit_sum[head], folding.old, sum, folding.added);
-    const float unit_rounded_sum = fold(shared_.unit_rounded_sum[head], folding.old, rounded_sum, folding.added);
-    factors.fold_old[head] = folding.old;
-    factors.fold_added[head] = folding.added;
-    if (!step.is(Step::kUnitEnd)) {
-      shared_.unit_max[head] = folding.max;
+    const FoldFactors factors(shared_.unit_max[head], max_);
+    const float unit_sum = fold(shared_.unit_sum[head], factors.old, sum, factors.added);
+    const float unit_rounded_sum = fold(shared_.unit_rounded_sum[head], factors.old, rounded_sum, factors.added);
+    shared_.fold_old[head] = factors.old;
+    shared_.fold_added[head] = factors.added;
+    if (!step.unit_end) {
+      shared_.unit_max[head] = factors.max;
       shared_.unit_sum[head] = unit_sum;
       shared_.unit_rounded_sum[head] = unit_rounded_sum;
       return;
     }
     begin_unit(head);
-    factors.inverse[head] = 1.0f / unit_rounded_sum;
+    shared_.inverse[head] = 1.0f / unit_rounded_sum;
     if (first_head_ + head >= p_.num_heads) return;
-    if (!step.is(Step::kWhole)) {
-      w_.sums[step.slot * p_.num_heads + first_head_ + head] = {folding.max, unit_sum, unit_rounded_sum, 0.0f};
+    const int64_t at = (step.whole ? step.seq : step.slot) * p_.num_heads + first_head_ + head;
+    if (!step.whole) {
+      w_.sums[at] = {factors.max, unit_sum, unit_rounded_sum, 0.0f};
     } else if (p_.lse) {
-      p_.lse[step.seq * p_.num_heads + first_head_ + head] = natural_lse(folding.max, unit_sum);
+      p_.lse[at] = natural_lse(factors.max, unit_sum);
     }
   }
   __device__ void begin_unit(int head) {
@@ -254,116 +284,31 @@ class ScoreWarps {
     shared_.unit_sum[head] = shared_.unit_rounded_sum[head] = 0.0f;
   }
 
-  const MlaDecodeParams& p_;
-  const Workspace& w_;
-  const DecodeOptions& options_;
-  DecodeShared<T, kHeads>& shared_;
-  const Step* const steps_;
-  const int first_head_;
-  const int thread_ = threadIdx.x, lane_ = thread_ % kWarp, warp_ = thread_ / kWarp;
-  uint32_t q_[kDepthSteps][kTiles][4];
-  float max_ = -INFINITY, sum_ = 0.0f, rounded_sum_ = 0.0f;  // of the split
-};
-
-// The value warps, which also fetch the rows.
-template <typename T, int kHeads, bool Vector>
-class ValueWarps {
-  static constexpr int kTiles = kHeads / 16;
-  static constexpr int kCopies = Vector ? kRowDim / 64 : 1;  // of a thread's chunks of a row, unrolled
-
- public:
-  __device__ ValueWarps(const MlaDecodeParams& p, const Workspace& w, const DecodeOptions& options,
-                        DecodeShared<T, kHeads>& shared)
-      : p_(p),
-        w_(w),
-        options_(options),
-        shared_(shared),
-        steps_(shared.schedule.steps),
-        first_head_(blockIdx.y * kHeads) {}
-
-  __device__ void run() {
-    int pages[kStages];
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) pages[i] = page_of(steps_[i]);
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) load_rows(steps_[i], pages[i], i);
-    int page = pages[kStages - 1];
-    wait_for_rows<3>();
-    wait_for_rows<2>();  // the score warps take tile 0
-    int stage = 0;
-#pragma unroll 1
-    for (int tile = 0; steps_[tile % kSteps].rows != 0; ++tile) {
-      const int free_stage = stage == 0 ? kStages - 1 : stage - 1;
-      load_rows(steps_[(tile + 4) % kSteps], page, free_stage);
-      page = page_of(steps_[(tile + 5) % kSteps]);
-      add_values(steps_[tile % kSteps], shared_.rows[stage], tile % 2);
-      wait_for_rows<2>();
-      stage = stage == kStages - 1 ? 0 : stage + 1;
-    }
-    cp_async_wait<0>();
-  }
-
- private:
-  // Of the value warps. Read again in each phase: addresses that follow from known values the compiler works out once,
-  // and spills.
-  __device__ int thread() const { return shared_.value_thread[threadIdx.x - kScoreThreads]; }
-
-  // 8 threads a row: all chunks of a thread have the same swizzle. The page of this thread's row is read a tile before.
-  __device__ int page_of(const Step& step) const {
-    const int row = thread() / 8;
-    if (row >= step.rows) return 0;
-    return p_.block_table[step.seq * p_.block_table_stride + options_.page_size(step.first_row + row)];
-  }
-  __device__ void load_rows(const Step& step, int64_t page, int stage) {
-    const int thread = this->thread(), row = thread / 8, chunk = thread % 8, at = step.first_row + row;
-    const int in_page = at - options_.page_size(at) * static_cast<int>(options_.page_size.divisor);
-    const bool valid = row < step.rows;
-    const T* from = static_cast<const T*>(p_.cache) + chunk * 8;
-    if (valid) from += page * p_.page_stride + in_page * kRowDim;
-    T* const to = &shared_.rows[stage][row * kRowDim + (chunk ^ row % 8) * 8];
-#pragma unroll(kCopies)
-    for (int i = 0; i < kRowDim / 64; ++i) copy_chunk(to + 64 * i, from + 64 * i, valid);
-    cp_async_commit();
-  }
-  // 8 elements; zeros when not valid. Plain loads where addresses are not multiples of 16.
-  __device__ static void copy_chunk(T* to, const T* from, bool valid) {
-    if constexpr (Vector) {
-      cp_async_16(to, from, valid);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < 8; ++i) to[i] = valid ? from[i] : from_float<T>(0.0f);
-    }
-  }
-  // The end of a tile for everybody: all but the newest `Newest` tiles have come.
-  template <int Newest>
-  __device__ void wait_for_rows() {
-    cp_async_wait<Newest>();
-    block_barrier();
-  }
-
   // o += p v for this warp's columns.
-  __device__ void add_values(const Step& step, const T* rows, int parity) {
-    const int lane = thread() % kWarp, warp = thread() / kWarp;
-    const Factors<kHeads>& factors = shared_.factors[parity];
-    float rescale[kTiles][2];
-    bool any = false;
+  __device__ void values(const Step& step, const T* rows) {
+    if (step.split_begin) {
+      for_each_o([&](int m, int n, int i) { o_[m][n][i] = 0.0f; });
+    } else {
+      float rescale[kTiles][2];
+      bool any = false;
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
+      for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        rescale[m][half] = factors.rescale[16 * m + lane / 4 + 8 * half];
-        any |= rescale[m][half] != 1.0f;
+        for (int half = 0; half < 2; ++half) {
+          rescale[m][half] = shared_.rescale[16 * m + lane_ / 4 + 8 * half];
+          any |= rescale[m][half] != 1.0f;
+        }
       }
+      if (__any_sync(0xffffffffu, any)) for_each_o([&](int m, int n, int i) { o_[m][n][i] *= rescale[m][i / 2]; });
     }
-    if (__any_sync(0xffffffffu, any)) for_each_o([&](int m, int n, int i) { o_[m][n][i] *= rescale[m][i / 2]; });
-    const T* const v = &rows[lane % 16 * kRowDim + warp * kWarpColumns];
-    const int swizzle = (lane / 16 ^ lane % 8) * 8;
+    const T* const p = &shared_.p[lane_ % 16 * kBlockRows];
+    const T* const v = &rows[lane_ % 16 * kRowDim + warp_ * kWarpColumns];
+    const int swizzle = (lane_ / 16 ^ lane_ % 8) * 8;
 #pragma unroll
-    for (int k = 0; k < kTileRows / 16; ++k) {
+    for (int k = 0; k < kBlockRows / 16; ++k) {
       uint32_t a[kTiles][4];
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m)
-        ldmatrix_x4(a[m], &shared_.p[parity][probability_at(16 * m + lane % 16, 16 * k + lane / 16 * 8)]);
+      for (int m = 0; m < kTiles; ++m) ldmatrix_x4(a[m], p + 16 * m * kBlockRows + (swizzle ^ 16 * k));
 #pragma unroll
       for (int n = 0; n < kWarpColumns / 8; n += 2) {
         uint32_t b[4];
@@ -375,45 +320,44 @@ class ValueWarps {
         }
       }
     }
-    if (!step.is(Step::kSplitEnd)) return;
+    if (!step.split_end) return;
     float old[kTiles][2], added[kTiles][2];
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        old[m][half] = factors.fold_old[16 * m + lane / 4 + 8 * half];
-        added[m][half] = factors.fold_added[16 * m + lane / 4 + 8 * half];
+        old[m][half] = shared_.fold_old[16 * m + lane_ / 4 + 8 * half];
+        added[m][half] = shared_.fold_added[16 * m + lane_ / 4 + 8 * half];
       }
     }
     for_each_o([&](int m, int n, int i) {
       unit_o_[m][n][i] = fold(unit_o_[m][n][i], old[m][i / 2], o_[m][n][i], added[m][i / 2]);
-      o_[m][n][i] = 0.0f;
     });
-    if (!step.is(Step::kUnitEnd)) return;
-    store(step, factors);
+    if (!step.unit_end) return;
+    store(step);
     for_each_o([&](int m, int n, int i) { unit_o_[m][n][i] = 0.0f; });
   }
 
   // The unit's o: to the workspace, or scaled to the output.
-  __device__ void store(const Step& step, const Factors<kHeads>& factors) const {
-    const int lane = thread() % kWarp, warp = thread() / kWarp;
+  __device__ void store(const Step& step) const {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int head = 16 * m + lane / 4 + 8 * half, column = warp * kWarpColumns + lane % 4 * 2;
+        const int head = 16 * m + lane_ / 4 + 8 * half, column = warp_ * kWarpColumns + lane_ % 4 * 2;
         if (first_head_ + head >= p_.num_heads) continue;
-        if (step.is(Step::kWhole)) {
+        if (step.whole) {
           T* const out = static_cast<T*>(p_.out) + step.seq * p_.out_seq_stride +
                          (first_head_ + head) * p_.out_head_stride + column;
-          const float inverse = factors.inverse[head];
+          const float inverse = shared_.inverse[head];
 #pragma unroll
           for (int n = 0; n < kWarpColumns / 8; ++n) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) out[8 * n + i] = from_float<T>(unit_o_[m][n][2 * half + i] * inverse);
           }
         } else {
-          float* const o = w_.o + (step.slot * p_.num_heads + first_head_ + head) * kLatentDim + column;
+          float* const o =
+              w_.o + (static_cast<int64_t>(step.slot) * p_.num_heads + first_head_ + head) * kLatentDim + column;
 #pragma unroll
           for (int n = 0; n < kWarpColumns / 8; ++n)
             store_vec(o + 8 * n, Vec<float, 2>{unit_o_[m][n][2 * half], unit_o_[m][n][2 * half + 1]});
@@ -437,9 +381,11 @@ class ValueWarps {
   const MlaDecodeParams& p_;
   const Workspace& w_;
   const DecodeOptions& options_;
-  DecodeShared<T, kHeads>& shared_;
-  const Step* const steps_;
+  Shared& shared_;
   const int first_head_;
+  const int thread_ = threadIdx.x, lane_ = threadIdx.x % kWarp, warp_ = threadIdx.x / kWarp;  // divided while unsigned
+  int pages_[2] = {};
+  float max_ = -INFINITY, sum_ = 0.0f, rounded_sum_ = 0.0f;  // of the split
   float o_[kTiles][kWarpColumns / 8][4] = {}, unit_o_[kTiles][kWarpColumns / 8][4] = {};
 };
 
@@ -447,20 +393,7 @@ class ValueWarps {
 template <typename T, int kHeads, bool Vector>
 __global__ void __launch_bounds__(kThreads, 1)
     mla_decode_kernel(MlaDecodeParams p, Workspace workspace, DecodeOptions options) {
-  DecodeShared<T, kHeads>& shared = shared_memory<DecodeShared<T, kHeads>>();
-  Schedule& schedule = shared.schedule;
-  if (threadIdx.x >= kScoreThreads) shared.value_thread[threadIdx.x - kScoreThreads] = threadIdx.x - kScoreThreads;
-  plan_work(p, workspace, options, schedule);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < 6; ++i) schedule.steps[i] = next_step(p, schedule.by_split, schedule.cursor);
-  }
-  __syncthreads();
-  if (schedule.steps[0].rows == 0) return;
-  if (threadIdx.x < kScoreThreads) {
-    ScoreWarps<T, kHeads, Vector>(p, workspace, options, shared).run();
-  } else {
-    ValueWarps<T, kHeads, Vector>(p, workspace, options, shared).run();
-  }
+  DecodeBlock<T, kHeads, Vector>(p, workspace, options, shared_memory<DecodeShared<T, kHeads>>()).run();
 }
 
 template <typename T>
@@ -476,6 +409,7 @@ void launch_portable(const MlaDecodeParams& p, const Workspace& workspace, cudaS
                                  .full = ceil_div(3 * blocks, 5),
                                  .scale = std::max(std::abs(p.scale) * kLog2E, 1e-37f)};
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(head_tiles));
+  static_assert(sizeof(DecodeShared<T, 32>) <= kSharedBytes);
   const auto run = [&]<int kHeads, bool Vector>() {
     launch(mla_decode_kernel<T, kHeads, Vector>, grid, dim3(kThreads), sizeof(DecodeShared<T, kHeads>), stream, p,
            workspace, options);

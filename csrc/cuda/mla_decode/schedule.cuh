@@ -1,48 +1,38 @@
 // The work of a thread block of mla_decode, planned on the device from the lengths: a contiguous, equally long share of
-// all sequences' blocks of 64 rows, in whole units (plan.cuh), as a stream of tiles of 32 rows.
+// all sequences' blocks of 64 rows, in whole units (plan.cuh), as a stream of steps of one block each.
 #pragma once
 
 #include "cuda/mla_decode/plan.cuh"
 
 namespace kimi::cuda::mla_decode_detail {
 
-inline constexpr int kTileRows = 32, kBlockTiles = kBlockRows / kTileRows;
-inline constexpr int kPlanWarps = 12, kPlanThreads = kPlanWarps * kWarp;  // of the thread block
-inline constexpr int kSteps = 8;  // in the ring: one thread plans six tiles ahead of the one whose values are taken
+inline constexpr int kWarps = 8, kThreads = kWarps * kWarp;  // of the thread block
 
-// One tile of rows.
-struct alignas(16) Step {
-  enum : int { kNewSequence = 1, kSplitBegin = 2, kSplitEnd = 4, kUnitEnd = 8, kWhole = 16 };
+// One block of rows, as thread 0 plans it three ahead.
+struct Step {
   int seq, first_row, rows;  // rows: 0 after the last step
-  int flags;
-  int slot;  // of the unit's partial result; kWhole: the unit is the sequence, its result the output
-  __device__ bool is(int flag) const { return (flags & flag) != 0; }
+  int slot;                  // of the unit's partial result
+  bool new_sequence, split_begin, split_end, unit_end;
+  bool whole;  // the unit is the whole sequence: its result is the output
 };
 
-// Where the next step is: tile `tile` of sequence `seq`, whose first block is number `seq_start` of all sequences'
-// blocks, one sequence after the other. Units that begin at block number `stop` or later are for other thread blocks.
+// Where the next step is: block `block` of sequence `seq`, whose first one is number `seq_start` of all sequences'
+// blocks, one sequence after the other. Units that begin at number `stop` or later are for other thread blocks.
 struct Cursor {
   int seq_start, stop;
-  int seq, length, tiles, split_tiles, unit_tiles;
-  int tile, split_end, unit_end, slot;
+  int seq, length, blocks, split_blocks, unit_blocks;
+  int block, split_end, unit_end, slot;
   bool new_sequence;
 
   __device__ void begin_sequence(const MlaDecodeParams& p, bool by_split) {
     length = length_of(p, seq);
     const Pieces pieces(length);
-    tiles = ceil_div(length, kTileRows);
-    split_tiles = pieces.split_blocks * kBlockTiles;
-    unit_tiles = pieces.unit_blocks(by_split) * kBlockTiles;
-    tile = split_end = unit_end = 0;
+    blocks = pieces.blocks;
+    split_blocks = pieces.split_blocks;
+    unit_blocks = pieces.unit_blocks(by_split);
+    block = split_end = unit_end = 0;
     new_sequence = true;
   }
-};
-
-struct Schedule {
-  Step steps[kSteps];
-  Cursor cursor;
-  int warp_blocks[kPlanWarps], warp_splits[kPlanWarps], warp_segments[kPlanWarps];
-  bool by_split;
 };
 
 // Inclusive sum over the warp.
@@ -77,11 +67,12 @@ struct DecodeOptions {
 
 // Leaves this thread block's share of the work in shared.cursor. The first thread block writes the plan to the
 // workspace.
+template <typename Shared>
 __device__ __forceinline__ void plan_work(const MlaDecodeParams& p, const Workspace& w, const DecodeOptions& options,
-                                          Schedule& shared) {
+                                          Shared& shared) {
   // Each thread counts some sequences.
   const int thread = threadIdx.x, warp = thread / kWarp, num_seqs = static_cast<int>(p.num_seqs);
-  const int per_thread = ceil_div(num_seqs, kPlanThreads);
+  const int per_thread = ceil_div(num_seqs, kThreads);
   const int first = min(thread * per_thread, num_seqs), last = min(first + per_thread, num_seqs);
   int blocks = 0, splits = 0, segments = 0;
   for (int n = first; n < last; ++n) {
@@ -103,7 +94,7 @@ __device__ __forceinline__ void plan_work(const MlaDecodeParams& p, const Worksp
   segments_before -= segments;
   int all_blocks = 0, all_splits = 0, all_segments = 0;
 #pragma unroll
-  for (int i = 0; i < kPlanWarps; ++i) {
+  for (int i = 0; i < kWarps; ++i) {
     if (i < warp) {
       blocks_before += shared.warp_blocks[i];
       splits_before += shared.warp_splits[i];
@@ -134,9 +125,8 @@ __device__ __forceinline__ void plan_work(const MlaDecodeParams& p, const Worksp
       Cursor& c = shared.cursor;
       c.seq = n;
       c.begin_sequence(p, by_split);
-      const int unit = quick_ceil_div(begin - blocks_before, pieces.unit_blocks(by_split));
-      // Or the end: then the next sequence.
-      c.tile = c.split_end = c.unit_end = min(unit * c.unit_tiles, c.tiles);
+      const int unit = quick_ceil_div(begin - blocks_before, c.unit_blocks);
+      c.block = c.split_end = c.unit_end = min(unit * c.unit_blocks, pieces.blocks);  // or the end: the next sequence
       c.slot = slot + unit;
       c.seq_start = blocks_before;
       c.stop = end;
@@ -148,35 +138,34 @@ __device__ __forceinline__ void plan_work(const MlaDecodeParams& p, const Worksp
 }
 
 // The step at the cursor, which moves on. For one thread.
-__device__ __forceinline__ Step next_step(const MlaDecodeParams& p, bool by_split, Cursor& c) {
+__device__ __forceinline__ Step next_step(const MlaDecodeParams& p, bool by_split, Cursor& cursor) {
   Step step = {};
+  Cursor c = cursor;
   const int num_seqs = static_cast<int>(p.num_seqs);
-  while (c.seq < num_seqs && c.tile == c.tiles) {
-    c.seq_start += ceil_div(c.tiles, kBlockTiles);
+  while (c.seq < num_seqs && c.block == c.blocks) {
+    c.seq_start += c.blocks;
     if (++c.seq < num_seqs) c.begin_sequence(p, by_split);
   }
-  if (c.seq < num_seqs && c.tile == c.unit_end) {
-    if (c.seq_start + c.tile / kBlockTiles >= c.stop) c.seq = num_seqs;
-    c.unit_end = min(c.tile + c.unit_tiles, c.tiles);
+  if (c.seq < num_seqs && c.block == c.unit_end) {
+    if (c.seq_start + c.block >= c.stop) c.seq = num_seqs;
+    c.unit_end = min(c.block + c.unit_blocks, c.blocks);
   }
-  if (c.seq == num_seqs) return step;
-  step.seq = c.seq;
-  step.first_row = c.tile * kTileRows;
-  step.rows = min(c.length - step.first_row, kTileRows);
-  step.slot = c.slot;
-  if (c.new_sequence) step.flags |= Step::kNewSequence;
-  c.new_sequence = false;
-  if (c.tile == c.split_end) {
-    step.flags |= Step::kSplitBegin;
-    c.split_end = min(c.tile + c.split_tiles, c.tiles);
+  if (c.seq < num_seqs) {
+    step.split_begin = c.block == c.split_end;
+    if (step.split_begin) c.split_end = min(c.block + c.split_blocks, c.blocks);
+    step.seq = c.seq;
+    step.first_row = c.block * kBlockRows;
+    step.rows = min(c.length - step.first_row, kBlockRows);
+    step.slot = c.slot;
+    step.new_sequence = c.new_sequence;
+    c.new_sequence = false;
+    ++c.block;
+    step.split_end = c.block == c.split_end;
+    step.unit_end = c.block == c.unit_end;
+    step.whole = c.unit_blocks >= c.blocks;
+    c.slot += step.unit_end;
   }
-  ++c.tile;
-  if (c.tile == c.split_end) step.flags |= Step::kSplitEnd;
-  if (c.tile == c.unit_end) {
-    step.flags |= Step::kUnitEnd;
-    ++c.slot;
-  }
-  if (c.unit_tiles >= c.tiles) step.flags |= Step::kWhole;
+  cursor = c;
   return step;
 }
 

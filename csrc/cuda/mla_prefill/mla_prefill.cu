@@ -15,7 +15,8 @@ void mla_prefill(const MlaPrefillParams& p, cudaStream_t stream) {
   if (p.num_queries == 0 || p.num_seqs == 0) return;
   const bool released_dims =
       p.nope_dim == detail::kNopeDim && p.rope_dim == detail::kRopeDim && p.value_dim == detail::kValueDim;
-  if (p.dtype != DType::kF32 && released_dims) {
+  const bool fits = max_shared_bytes() >= static_cast<int>(sizeof(detail::PrefillShared<Bf16>));
+  if (p.dtype != DType::kF32 && released_dims && fits) {
     dispatch_half(p.dtype, [&]<typename T>() { detail::launch_portable<T>(p, stream); });
   } else {
     dispatch_dtype(p.dtype, [&]<typename T>() { detail::launch_generic<T>(p, stream); });

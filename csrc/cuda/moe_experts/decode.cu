@@ -172,7 +172,7 @@ struct DownGrid {
   int64_t warps;                      // of a block: a slot each, and the shared expert
   int64_t blocks_per_token, columns;  // of a block
   int64_t columns_of_item;
-  int64_t row_bytes;                 // of a row of activations in shared memory
+  int64_t row_bytes;  // of a row of activations in shared memory
   size_t shared_bytes;
 
   // One block to a multiprocessor.
@@ -184,8 +184,7 @@ struct DownGrid {
     blocks_per_token = ceil_div(p.dim, columns);
     row_bytes = stream_row_bytes(p.inner > p.shared_inner ? p.inner : p.shared_inner);
     shared_bytes = static_cast<size_t>(warps) * sizeof(WarpRing<2, kDownStages>) +
-                   static_cast<size_t>((warps + 1) * row_bytes) +
-                   static_cast<size_t>(warps * columns) * sizeof(float);
+                   static_cast<size_t>((warps + 1) * row_bytes) + static_cast<size_t>(warps * columns) * sizeof(float);
   }
 };
 
@@ -216,12 +215,12 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
   stream_copy_row<T, true>(rows, grid.row_bytes, warps, static_cast<const T*>(nullptr), 0, threadIdx.x, blockDim.x);
   cp_async_commit();
   const DecodeDown<T> problem{exists ? w2 + first * inner : nullptr,
-                                 inner,
-                                 columns,
-                                 static_cast<int>(grid.columns_of_item),
-                                 warp,
-                                 warps,
-                                 y + warp * columns};
+                              inner,
+                              columns,
+                              static_cast<int>(grid.columns_of_item),
+                              warp,
+                              warps,
+                              y + warp * columns};
   Stream<T, 2, kDownStages, true, DecodeDown<T>> stream(problem, rings[warp], rows, grid.row_bytes, 0, 1);
   stream.start();
   stream.wait_for_rows();

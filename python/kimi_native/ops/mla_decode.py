@@ -20,8 +20,8 @@ def mla_decode(
     """``softmax(scale * q . rows^T) . rows[:, :latent_dim]`` for each head, over the cached rows of its sequence.
 
     Args:
-        q: ``[B, H, L + R]``, float32 or bfloat16: per head the query folded with W_UK (``L`` columns) and its part for the
-            shared key (``R`` columns). Contiguous in the last dimension.
+        q: ``[B, H, L + R]``, float32, bfloat16 or (on a GPU) float16: per head the query folded with W_UK (``L`` columns) and
+            its part for the shared key (``R`` columns). Contiguous in the last dimension.
         cache: ``[pages, page_size, L + R]``, the dtype of ``q``, as :func:`mla_cache_write` fills it. A page is contiguous;
             pages may lie apart. ``page_size`` is a multiple of 16.
         block_table: ``[B, M]`` int32, the page of each ``page_size`` tokens of a sequence. Entries past the length are never
@@ -33,7 +33,8 @@ def mla_decode(
         lse: ``[B, H]`` float32, contiguous; filled with the natural logarithm of the sum of exponentials when given.
 
     Returns:
-        ``out``; W_UV is still to be applied. Logits, softmax and sums are fp32, one rounding at the end.
+        ``out``; W_UV is still to be applied. Logits, softmax and sums are fp32; rounded at the end, and on tensor cores the
+        probabilities before that.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not agree; the text names the tensor.

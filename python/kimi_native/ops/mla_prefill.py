@@ -24,7 +24,8 @@ def mla_prefill(
     Query ``i`` of sequence ``n`` sees key ``j`` of the same sequence iff ``j <= q_begin[n] + i``.
 
     Args:
-        q: ``[Tq, H, Dn + Dr]``, float32 or bfloat16, packed over sequences. Contiguous in the last dimension, like all others.
+        q: ``[Tq, H, Dn + Dr]``, float32, bfloat16 or (on a GPU) float16, packed over sequences. Contiguous in the last
+            dimension, like all others.
         k_nope: ``[Tk, H, Dn]``, the dtype of ``q``; may be a view of a wider tensor (of the one that holds ``v`` too).
         k_rope: ``[Tk, Dr]``, the dtype of ``q``; the key part that all heads share. ``Dr`` may be 0.
         v: ``[Tk, H, Dv]``, the dtype of ``q``; may be a view.
@@ -39,7 +40,7 @@ def mla_prefill(
         lse: ``[Tq, H]`` float32, contiguous; filled with the natural logarithm of the sum of exponentials when given.
 
     Returns:
-        ``out``. Logits, softmax and sums are fp32, one rounding at the end.
+        ``out``. Logits, softmax and sums are fp32; rounded at the end, and on tensor cores the probabilities before that.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not agree; the text names the tensor.

@@ -1,6 +1,7 @@
 // The emulator's form of csrc/cuda/common/launch.h.
 #pragma once
 
+#include <cstdlib>
 #include <utility>
 
 #include "cuda/common/shared_memory.h"
@@ -15,6 +16,11 @@ inline int multiprocessors() {
 }
 inline int compute_capability() {
   return 80;
+}
+// That of compute capability 9.0; the environment variable is for runs by hand of what kernels do with less.
+inline int max_shared_bytes() {
+  const char* bytes = std::getenv("KIMI_EMULATED_SHARED_BYTES");
+  return bytes != nullptr ? std::atoi(bytes) : 227 * 1024;
 }
 inline bool use_sm90() {
   return false;
