@@ -9,7 +9,7 @@
 //   S    = S D + v'^T kg     [16 x K]
 //
 // w, q, kg and A_qk are right operands, read from shared memory in fragment order, 16 bytes a lane; S and v' are
-// rounded to fp16 in registers. The images come through a ring of kStages buffers by cp.async.
+// rounded to fp16 in registers. The images come through a ring of two or three buffers by cp.async.
 //
 // Range. A chunk is worked on in units of 2^unit: those of its u (0 unless the values are very large or small), or of S
 // if that is larger. Nothing is checked beforehand: v' is not finite in fp16 when anything overflowed, and then the
@@ -31,9 +31,9 @@ struct alignas(128) ChainStage {
   ChunkFactors<K> factors;
 };
 
-template <int K, int kWarps, int kStages>
+template <int K, int kWarps>
 struct ChainShared {
-  ChainStage<K, kWarps> stages[kStages];
+  ChainStage<K, kWarps> stages[1];  // segment.stages of them
 };
 
 // Units in which the largest |S| is 2^10 to 2^11: a product with w (of norm 1, in exceptional data 2) then fits.
@@ -213,12 +213,12 @@ __device__ __forceinline__ void write_rows(const uint32_t (&rows)[kGroups][2], T
 }
 
 // SASS: tensor cores, 16-byte loads
-template <typename T, int K, int V, int kWarps, int kStages>
+template <typename T, int K, int V, int kWarps>
 __global__ void __launch_bounds__(kWarps* kWarp, 1)
     kda_chain_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
   using Image = ChunkImage<K, V>;
   constexpr int kThreads = kWarps * kWarp;
-  auto& shared = shared_memory<ChainShared<K, kWarps, kStages>>();
+  auto& shared = shared_memory<ChainShared<K, kWarps>>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int sequence = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
   const int slice = static_cast<int>(blockIdx.z);
@@ -269,10 +269,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
     cp_async_commit();
     next_image += image_step;
     ++next_chunk;
-    next_stage = next_stage + 1 == kStages ? 0 : next_stage + 1;
+    next_stage = next_stage + 1 == segment.stages ? 0 : next_stage + 1;
   };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) copy_image();
+#pragma unroll 1
+  for (int i = 1; i < segment.stages; ++i) copy_image();
   float s[K / 8][4];
   const bool fresh = first == 0 && p.has_initial_state && !p.has_initial_state[sequence];
   load_state<K / 32>(s, rows_of(slot), K, segment.wide_state, fresh);
@@ -281,18 +281,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   int stage_index = 0;
 #pragma unroll 1
   for (int chunk = first; chunk < last; ++chunk) {
-    if constexpr (kStages == 1) {
-      __syncthreads();
-      copy_image();
+    if (segment.stages == 3)
+      cp_async_wait<1>();
+    else
       cp_async_wait<0>();
-      __syncthreads();
-    } else {
-      cp_async_wait<kStages - 2>();
-      __syncthreads();  // the image is there, and everybody is done with the one before
-      copy_image();
-    }
+    __syncthreads();  // the image is there, and everybody is done with the one before
+    copy_image();
     const auto& stage = shared.stages[stage_index];
-    stage_index = stage_index + 1 == kStages ? 0 : stage_index + 1;
+    stage_index = stage_index + 1 == segment.stages ? 0 : stage_index + 1;
     const int count = min(length - chunk * kChunk, kChunk);
     T* const out_of_chunk = out + static_cast<int64_t>(chunk) * kChunk * p.out_token_stride;
 

@@ -77,6 +77,7 @@ __device__ __forceinline__ int sequence_of_chunk(const int32_t* cu_seqlens, int 
 struct Segment {
   int first = 0, count = 0;
   void* images = nullptr;
+  int stages = 2;  // of the ring of images of the second kernel: 2 or 3
   // Which tensors lie such that vectors may be used: of 8 bytes for out, 16 for the state and, as they need, the
   // inputs.
   bool wide_inputs = false, wide_out = false, wide_state = false;

@@ -8,8 +8,6 @@
 //
 // Long inputs go through the two kernels in segments, so that the workspace stays below kSegmentBytes; the state waits
 // in its slot between them.
-#include <cstdlib>
-
 #include "cuda/common/launch.h"
 #include "cuda/kda_prefill/chain.cuh"
 #include "cuda/kda_prefill/prep.cuh"
@@ -27,7 +25,7 @@ constexpr int kTokenThreads = 128;  // of a block of the generic kernel, at most
 // ------------------------------------------------------------------------------------------------
 
 // Block = (sequence, value head, 64 values or less); key_dim <= 32 J.
-// SASS: 16-byte loads, stack 24 (heads 256 wide need more than 255 registers)
+// SASS: 16-byte loads
 template <typename T, int J>
 __global__ void __launch_bounds__(kTokenThreads, 1)
     kda_tokens_kernel(const __grid_constant__ KdaPrefillParams p, bool wide_state) {
@@ -87,8 +85,16 @@ void run_tokens(const KdaPrefillParams& p, cudaStream_t stream) {
 // ---- The chunked path
 // --------------------------------------------------------------------------------------------------
 
+// Shared memory that a block may use, by compute capability (Programming Guide, table of technical specifications).
+size_t max_shared_bytes() {
+  const int capability = compute_capability();
+  if (capability == 90 || capability == 100 || capability == 103) return 227 << 10;
+  return capability == 80 || capability == 87 ? 163 << 10 : 99 << 10;
+}
+
 bool is_chunked(const KdaPrefillParams& p) {
-  return p.dtype != DType::kF32 && p.key_dim == p.value_dim && (p.key_dim == 64 || p.key_dim == 128);
+  if (p.dtype == DType::kF32 || p.key_dim != p.value_dim) return false;
+  return p.key_dim == 64 || (p.key_dim == 128 && max_shared_bytes() >= 2 * sizeof(ChainShared<128, 8>));
 }
 
 // run.template operator()<K>() for key_dim = value_dim = K.
@@ -113,24 +119,14 @@ struct Plan {
   }
 };
 
-// Shared memory that a block may use, by compute capability (Programming Guide, table of technical specifications).
-size_t max_shared_bytes() {
-  const int capability = compute_capability();
-  if (capability == 90 || capability == 100 || capability == 103) return 227 << 10;
-  return capability == 80 || capability == 87 ? 163 << 10 : 99 << 10;
-}
-
 template <typename T, int K, int kWarps>
-void launch_chain(const KdaPrefillParams& p, const Segment& segment, cudaStream_t stream) {
+void launch_chain(const KdaPrefillParams& p, Segment segment, cudaStream_t stream) {
+  using Shared = ChainShared<K, kWarps>;
+  segment.stages = 3 * sizeof(Shared) <= max_shared_bytes() ? 3 : 2;
   const dim3 blocks(static_cast<unsigned>(p.num_sequences), static_cast<unsigned>(p.num_value_heads),
                     K / (16 * kWarps));
-  const auto run = [&]<int kStages>() {
-    launch(kda_chain_kernel<T, K, K, kWarps, kStages>, blocks, dim3(kWarps * kWarp),
-           sizeof(ChainShared<K, kWarps, kStages>), stream, p, segment);
-  };
-  if (sizeof(ChainShared<K, kWarps, 3>) <= max_shared_bytes()) return run.template operator()<3>();
-  if (sizeof(ChainShared<K, kWarps, 2>) <= max_shared_bytes()) return run.template operator()<2>();
-  run.template operator()<1>();
+  launch(kda_chain_kernel<T, K, K, kWarps>, blocks, dim3(kWarps * kWarp), segment.stages * sizeof(Shared), stream, p,
+         segment);
 }
 
 template <typename T, int K>
@@ -144,21 +140,20 @@ void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
   segment.wide_state = wide_state(p);
 
   const Plan plan(p);
-  const int64_t heads = p.num_sequences * p.num_value_heads;
   for (int64_t first = 0; first < plan.chunks; first += plan.chunks_per_segment) {
     segment.first = static_cast<int>(first);
     segment.count = static_cast<int>(std::min(plan.chunks_per_segment, plan.chunks - first));
     const dim3 blocks(static_cast<unsigned>(p.num_value_heads), static_cast<unsigned>(segment.count));
     launch(kda_prep_kernel<T, K, K>, blocks, dim3(kPrepThreads), sizeof(PrepShared<K, K>), stream, p, segment);
-    // Few heads: slices of a head on multiprocessors of their own. Many: a block for the whole head, which copies the
-    // images once. The same bits in any case.
-    const char* experiment = std::getenv("KIMI_KDA_WARPS");  // TODO(experiment): remove
-    if (experiment && experiment[0] == '2')
+    // As many slices of a head as find multiprocessors of their own; when the heads are enough for those, a block for
+    // the whole head, which copies the images once. The same bits in any case.
+    const int64_t heads = p.num_sequences * p.num_value_heads, processors = multiprocessors();
+    if (heads <= ceil_div<int64_t>(processors, 4))
       launch_chain<T, K, K / 64>(p, segment, stream);
-    else if (experiment ? experiment[0] == '8' : heads >= multiprocessors())
-      launch_chain<T, K, K / 16>(p, segment, stream);
-    else
+    else if (heads <= ceil_div<int64_t>(processors, 2))
       launch_chain<T, K, K / 32>(p, segment, stream);
+    else
+      launch_chain<T, K, K / 16>(p, segment, stream);
   }
 }
 

@@ -16,9 +16,9 @@
 // Phases, a block barrier after each: 1 inputs, gates, norms; 2 factors of the groups; 3 operands; 4 A_kk, A_qk and the
 // inverses of the diagonal blocks of I + A_kk; 5 w and u by forward substitution over the groups.
 //
-// Bytes: 64 KB read and 70 KB written a block at K = V = 128, which bounds it: 31 ns a block at 4.27 TB/s, as long as
-// the 60 or so instructions an element (4,000 issue cycles a block) and the products (1.4 M multiply-adds, 1,100 cycles
-// at the rate of mma.sync) overlap with it, which is what the second block on the multiprocessor is for.
+// Bytes: 64 KB read and 70 KB written a block at K = V = 128: 31 ns at 4.27 TB/s. The products are 1.4 M multiply-adds,
+// 1,100 cycles at the rate of mma.sync; the instructions, about 3,500 a warp, 7,000 cycles: they bound it, and waiting
+// between them, which the second block on the multiprocessor is for.
 #pragma once
 
 #include "cuda/common/activations.h"
@@ -59,13 +59,16 @@ struct PrepShared {
   // Of each group and 32 channels: q as it is in memory, each lane its own 16 bytes, in phases 1 to 3; in its place
   // then k 2^(G - start of the chunk), transposed: rows are channels; phase 3 to 5.
   uint4 q_then_k_start[kGroups][K / 32][kWarp];
-  union {  // of each group
-    uint4 rows[kGroup * V /
-               8];  // v as it is in memory, 16 bytes at a time, at value_piece(); phase 1 to 2, each warp its own
-    uint4 operands[V / 32][kWarp];  // in fp16, transposed: rows are values; phase 2 to 5
+  uint4 k[kGroups][K / 32][kWarp];  // as it is in memory, each lane its own 16 bytes; phase 1 to 3
+  union {  // of each group: v as it is in memory, in phases 1 to 3, each warp its own; rows apart by 8 banks more than
+           // they are long
+    uint4 rows[kGroup][V / 8 + 2];
+    uint4 operands[V / 32][kWarp];  // then in fp16, transposed: rows are values; phase 3 to 5
   } v[kGroups];
   float beta[kChunk];
-  float2 scales[kChunk];                                  // of q and k
+  float2 scales[kChunk];  // of q and k
+  int exponent;           // units of the values, phase 2 on; here like `image` for want of registers in phase 3
+  ChunkImage<K, V>* image;
   float largest_value[kGroups], smallest_value[kGroups];  // of the tokens' largest |v|; zeros left out of the smallest
 };
 
@@ -132,25 +135,17 @@ __device__ __forceinline__ Vec<T, N> load_elements(const T* from) {
   return v;
 }
 
-// Where 16 bytes of v of a token of the group lie in shared memory: such that lanes (g, t) that read 8 bytes of piece
-// 2 m + t / 2 each use different banks.
-template <int V>
-__device__ __forceinline__ int value_piece(int token, int piece) {
-  return token * (V / 8) + (piece ^ (2 * token % (V / 8)));
-}
-
-// What a thread loads: of its token k channels 32 j + 8 t .. + 7 in k[j], two elements a word; of all tokens of the
-// group the raw gates of channels K / 32 * lane on, times log2(e); q and v go to shared memory.
+// What a thread loads: of all tokens of the group the raw gates of channels K / 32 * lane on, times log2(e); q, k and v
+// go to shared memory, of its token 16 bytes here and there.
 template <typename T, int K, int V>
 struct PrepInputs {
-  uint4 k[K / 32];
   float gates[kGroup][K / kWarp];
   float beta;
 
   // Without a branch between the loads, so that all are under way at once: rows past the end are those of the chunk's
   // first token, and made harmless later.
   template <bool kWide, typename G>
-  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, uint4* q_rows, uint4* v_rows) {
+  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, PrepShared<K, V>& shared) {
     constexpr int kChannels = K / kWarp;
     const PrepLane at;
     const int row = kGroup * at.group + at.g;
@@ -166,8 +161,6 @@ struct PrepInputs {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i, from_g += p.g_token_stride)
       raw[i] = load_elements<kWide, G, kChannels>(i < left ? from_g : first_g);
-#pragma unroll
-    for (int j = 0; j < K / 32; ++j) k[j] = bits_as<uint4>(load_elements<kWide, T, 8>(from_k + 32 * j + 8 * at.t));
     const auto copy = [](uint4* to, const T* from) {
       if constexpr (kWide)
         cp_async_16(to, from);
@@ -175,9 +168,12 @@ struct PrepInputs {
         *to = bits_as<uint4>(load_elements<false, T, 8>(from));
     };
 #pragma unroll
-    for (int j = 0; j < K / 32; ++j) copy(q_rows + j * kWarp + at.lane, from_q + 32 * j + 8 * at.t);
+    for (int j = 0; j < K / 32; ++j) {
+      copy(&shared.k[at.group][j][at.lane], from_k + 32 * j + 8 * at.t);
+      copy(&shared.q_then_k_start[at.group][j][at.lane], from_q + 32 * j + 8 * at.t);
+    }
 #pragma unroll
-    for (int i = 0; i < V / 32; ++i) copy(v_rows + value_piece<V>(at.g, 4 * i + at.t), from_v + 32 * i + 8 * at.t);
+    for (int i = 0; i < V / 32; ++i) copy(&shared.v[at.group].rows[at.g][4 * i + at.t], from_v + 32 * i + 8 * at.t);
     cp_async_commit();
     const int64_t beta_at = token * p.beta_token_stride + task.head * p.beta_head_stride;
     beta = p.beta_dtype == DType::kF32 ? static_cast<const float*>(p.beta)[beta_at]
@@ -194,13 +190,13 @@ struct PrepInputs {
     }
   }
 
-  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, bool wide, uint4* q_rows,
-                                       uint4* v_rows) {
+  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, bool wide,
+                                       PrepShared<K, V>& shared) {
     const bool wide_gates = p.g_dtype == DType::kF32;
     if (wide)
-      wide_gates ? load<true, float>(p, task, q_rows, v_rows) : load<true, T>(p, task, q_rows, v_rows);
+      wide_gates ? load<true, float>(p, task, shared) : load<true, T>(p, task, shared);
     else
-      wide_gates ? load<false, float>(p, task, q_rows, v_rows) : load<false, T>(p, task, q_rows, v_rows);
+      wide_gates ? load<false, float>(p, task, shared) : load<false, T>(p, task, shared);
   }
 };
 
@@ -351,8 +347,8 @@ struct RowOperands {
 
 // Phase 3. All operands of the group's tokens; the product of the group with itself into `diagonal` (k rows, q rows).
 template <typename T, int K, int V>
-__device__ __forceinline__ void make_operands(const uint4 (&k_row)[K / 32], PrepShared<K, V>& shared,
-                                              ChunkFactors<K>& image, RowOperands<K>& rows, float (&diagonal)[4]) {
+__device__ __forceinline__ void make_operands(PrepShared<K, V>& shared, ChunkFactors<K>& image, RowOperands<K>& rows,
+                                              float (&diagonal)[4]) {
   const PrepLane at;
   const float q_scale = shared.scales[kGroup * at.group + at.g].x, k_scale = shared.scales[kGroup * at.group + at.g].y;
 #pragma unroll
@@ -361,7 +357,7 @@ __device__ __forceinline__ void make_operands(const uint4 (&k_row)[K / 32], Prep
     auto& group = shared.groups[at.group][j];
     float q[8], k[8], k_column[8], factor[8];
     unpack_eight<T>(shared.q_then_k_start[at.group][j][at.lane], q);
-    unpack_eight<T>(k_row[j], k);
+    unpack_eight<T>(shared.k[at.group][j][at.lane], k);
     load_eight(factor, &group.from_mid[at.g][8 * at.t]);
     __syncwarp();  // operands take its place
 #pragma unroll
@@ -398,6 +394,33 @@ __device__ __forceinline__ void make_operands(const uint4 (&k_row)[K / 32], Prep
     shared.q_then_k_start[at.group][j][at.lane] = movmatrix_trans(pack_scaled(k, factor));
     load_eight(factor, &shared.factors.mid_to_chunk_end[at.group][channel]);
     group.operands.kg[at.lane] = movmatrix_trans(pack_scaled(k_column, factor));
+  }
+}
+
+// Values 16 m + 4 t .. + 3 of the lane's token, as they are in memory.
+template <int K, int V>
+__device__ __forceinline__ uint2 value_words(const PrepShared<K, V>& shared, int m) {
+  const PrepLane at;
+  return reinterpret_cast<const uint2*>(shared.v[at.group].rows[at.g])[4 * m + at.t];
+}
+
+// Phase 3b. The group's values times `unit`, in fp16 and transposed, in their place.
+template <typename T, int K, int V>
+__device__ __forceinline__ void convert_values(PrepShared<K, V>& shared, float unit) {
+  const PrepLane at;
+  uint2 row[V / 16];
+#pragma unroll
+  for (int m = 0; m < V / 16; ++m) row[m] = value_words(shared, m);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < V / 32; ++i) {
+    uint32_t w[4];
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      const float2 pair = unpack2<T>(h % 2 == 0 ? row[2 * i + h / 2].x : row[2 * i + h / 2].y);
+      w[h] = pack2<Fp16>(pair.x * unit, pair.y * unit);
+    }
+    shared.v[at.group].operands[i][at.lane] = movmatrix_trans(make_uint4(w[0], w[1], w[2], w[3]));
   }
 }
 
@@ -542,7 +565,7 @@ __device__ __forceinline__ void substitute(const PrepShared<K, V>& shared, uint3
   }
 }
 
-// SASS: tensor cores, 16-byte loads, stack 8 (at the 128 registers that two blocks on a multiprocessor leave)
+// SASS: tensor cores, 16-byte loads
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kPrepThreads, 2)
     kda_prep_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
@@ -565,33 +588,34 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
 
   // Phase 1: inputs, gates, norms.
   PrepInputs<T, K, V> inputs;
-  inputs.load(p, task, segment.wide_inputs, &shared.q_then_k_start[at.group][0][0], shared.v[at.group].rows);
+  inputs.load(p, task, segment.wide_inputs, shared);
   group_gates(p, task, inputs.gates, shared);
   const int token_in_chunk = kGroup * at.group + at.g;
   float beta = p.use_beta_sigmoid ? sigmoid(inputs.beta) : inputs.beta, q_scale = 1.0f, k_scale = 1.0f;
   bool exact = false;  // numbers that fp16 operands may not hold, or a recurrence that grows
   cp_async_wait<0>();
   __syncwarp();
-  uint4 q_row[K / 32];
+  uint4 q_row[K / 32], k_row[K / 32];
 #pragma unroll
-  for (int j = 0; j < K / 32; ++j) q_row[j] = shared.q_then_k_start[at.group][j][at.lane];
+  for (int j = 0; j < K / 32; ++j) {
+    q_row[j] = shared.q_then_k_start[at.group][j][at.lane];
+    k_row[j] = shared.k[at.group][j][at.lane];
+  }
   if (p.use_qk_l2norm) {
     q_scale = inverse_norm<T>(q_row);
-    k_scale = inverse_norm<T>(inputs.k);
+    k_scale = inverse_norm<T>(k_row);
     if (!p.use_beta_sigmoid) exact = beta < 0.0f || beta > 2.2f;
   } else {
-    const float q2 = row_squares<T>(q_row, 1.0f), k2 = row_squares<T>(inputs.k, 1.0f);
+    const float q2 = row_squares<T>(q_row, 1.0f), k2 = row_squares<T>(k_row, 1.0f);
     exact = beta < 0.0f || beta * k2 > 2.2f || k2 > 0x1p12f || q2 > 0x1p16f || (k2 > 0.0f && k2 < 0x1p-12f) ||
             (q2 > 0.0f && q2 < 0x1p-16f);
   }
   if (token_in_chunk >= task.count) beta = q_scale = k_scale = 0.0f;  // nothing of such a token is left
-  uint2 v_row[V / 16];                                                // of the lane's token, values 16 m + 4 t .. + 3
   float largest = 0.0f;
 #pragma unroll
   for (int m = 0; m < V / 16; ++m) {
-    const int piece = value_piece<V>(at.g, 2 * m + at.t / 2);
-    v_row[m] = reinterpret_cast<const uint2*>(&shared.v[at.group].rows[piece])[at.t % 2];
-    const float2 a = unpack2<T>(v_row[m].x), b = unpack2<T>(v_row[m].y);
+    const uint2 words = value_words(shared, m);
+    const float2 a = unpack2<T>(words.x), b = unpack2<T>(words.y);
     largest = fmaxf(fmaxf(fmaxf(largest, fabsf(a.x)), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y)));
   }
   largest = warp_max<4>(largest);
@@ -619,33 +643,24 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
   int exponent = exponent_of(largest);
   exponent = largest == 0.0f || (exponent >= -8 && exponent < 9) || exponent > 127 ? 0 : max(exponent - 4, -100);
   if (threadIdx.x == 0) {
+    shared.exponent = exponent;
+    shared.image = &image;
     image.factors.exponent = exponent;
     // In units for very large values, a token of ordinary ones would drown, and the large ones may soon be forgotten.
     image.factors.exact = exact || (exponent > 0 && exponent_of(smallest) < exponent - 12);
     image.factors.unused[0] = image.factors.unused[1] = 0;
-  }
-  const float unit = power_of_two(-exponent);
-#pragma unroll
-  for (int i = 0; i < V / 32; ++i) {
-    uint32_t w[4];
-#pragma unroll
-    for (int h = 0; h < 4; ++h) {
-      const uint2 words = v_row[2 * i + h / 2];
-      const float2 pair = unpack2<T>(h % 2 == 0 ? words.x : words.y);
-      w[h] = pack2<Fp16>(pair.x * unit, pair.y * unit);
-    }
-    shared.v[at.group].operands[i][at.lane] = movmatrix_trans(make_uint4(w[0], w[1], w[2], w[3]));
   }
   __syncthreads();
 
   // Phase 3: operands.
   RowOperands<K> rows;
   float diagonal[4] = {};
-  make_operands<T>(inputs.k, shared, image.factors, rows, diagonal);
+  make_operands<T>(shared, image.factors, rows, diagonal);
+  convert_values<T>(shared, power_of_two(-shared.exponent));
   __syncthreads();
 
   // Phase 4: A_kk, A_qk and the diagonal inverses.
-  make_systems(rows, diagonal, shared, image.factors);
+  make_systems(rows, diagonal, shared, shared.image->factors);
   __syncthreads();
 
   // Phase 5: kg in pairs of groups; w and u, 32 rows a warp.
@@ -654,8 +669,8 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
     const int s = at.group / 2, j = at.group % 2 * (K / 64) + i;
     const uint4 even = shared.groups[2 * s][j].operands.kg[at.lane],
                 odd = shared.groups[2 * s + 1][j].operands.kg[at.lane];
-    image.factors.kg[s][2 * j][at.lane] = make_uint4(even.x, odd.x, even.y, odd.y);
-    image.factors.kg[s][2 * j + 1][at.lane] = make_uint4(even.z, odd.z, even.w, odd.w);
+    shared.image->factors.kg[s][2 * j][at.lane] = make_uint4(even.x, odd.x, even.y, odd.y);
+    shared.image->factors.kg[s][2 * j + 1][at.lane] = make_uint4(even.z, odd.z, even.w, odd.w);
   }
   if (at.group >= K / 32 + V / 32) return;
   uint32_t x[kGroups][2][2];
@@ -666,7 +681,7 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
     for (int i = 0; i < kGroups; ++i) {
       uint4 w = movmatrix_trans(make_uint4(x[i][0][0], x[i][0][1], x[i][1][0], x[i][1][1]));
       constexpr uint32_t kSigns = 0x80008000u;
-      image.factors.w[i][j][at.lane] = make_uint4(w.x ^ kSigns, w.y ^ kSigns, w.z ^ kSigns, w.w ^ kSigns);
+      shared.image->factors.w[i][j][at.lane] = make_uint4(w.x ^ kSigns, w.y ^ kSigns, w.z ^ kSigns, w.w ^ kSigns);
     }
   } else {
     const int m = 2 * (at.group - K / 32);
@@ -674,7 +689,7 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
     for (int s = 0; s < kGroups / 2; ++s) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        image.u[m + half][s][at.lane] =
+        shared.image->u[m + half][s][at.lane] =
             make_uint4(x[2 * s][half][0], x[2 * s][half][1], x[2 * s + 1][half][0], x[2 * s + 1][half][1]);
       }
     }

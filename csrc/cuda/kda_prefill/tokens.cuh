@@ -73,7 +73,8 @@ __device__ __forceinline__ void store_state(const float (&s)[4 * J][4], float* r
   });
 }
 
-// One token of one value head as memory has it, element by element: lane l holds key channels 32 j + l.
+// One token of one value head as memory has it (g with dt_bias added), element by element: lane l holds key channels
+// 32 j + l.
 template <int J>
 struct RawToken {
   float q[J], k[J], g[J], beta, v[2];
@@ -95,16 +96,11 @@ template <typename T, int J>
 struct TokenReader {
   const KdaPrefillParams& p;
   int head, first_value;
-  float rate, bias[J];
+  float rate;
 
   __device__ __forceinline__ TokenReader(const KdaPrefillParams& p, int head, int first_value)
       : p(p), head(head), first_value(first_value) {
     rate = p.A_log ? expf(p.A_log[head]) : 1.0f;
-#pragma unroll
-    for (int j = 0; j < J; ++j) {
-      const int c = channel(j);
-      bias[j] = p.dt_bias && c < p.key_dim ? p.dt_bias[head * p.key_dim + c] : 0.0f;
-    }
   }
 
   __device__ __forceinline__ static int channel(int j) { return 32 * j + static_cast<int>(threadIdx.x) % kWarp; }
@@ -122,6 +118,7 @@ struct TokenReader {
       raw.q[j] = valid ? to_float(q[c]) : 0.0f;
       raw.k[j] = valid ? to_float(k[c]) : 0.0f;
       raw.g[j] = valid ? load_element<T>(p.g, p.g_dtype, token * p.g_token_stride + head * p.g_head_stride + c) : 0.0f;
+      if (valid && p.dt_bias && p.gate != KdaGate::kLogDecay) raw.g[j] += p.dt_bias[head * p.key_dim + c];
     }
     raw.beta = load_element<T>(p.beta, p.beta_dtype, token * p.beta_token_stride + head * p.beta_head_stride);
     const int g = static_cast<int>(threadIdx.x) % kWarp / 4;
@@ -152,9 +149,8 @@ struct TokenReader {
     for (int j = 0; j < J; ++j) x[j] /= norm;
   }
 
-  __device__ __forceinline__ float decay_of(float g, float bias_of_channel) const {
-    if (p.gate == KdaGate::kLogDecay) return expf(g);
-    const float x = g + bias_of_channel;
+  __device__ __forceinline__ float decay_of(float x) const {
+    if (p.gate == KdaGate::kLogDecay) return expf(x);
     if (p.gate == KdaGate::kBounded) return expf(p.lower_bound / (1.0f + expf(-rate * x)));
     return expf(-rate * softplus(x));
   }
@@ -165,7 +161,7 @@ struct TokenReader {
     for (int j = 0; j < J; ++j) {
       ready.q[j] = raw.q[j];
       ready.k[j] = raw.k[j];
-      ready.decay[j] = decay_of(raw.g[j], bias[j]);
+      ready.decay[j] = decay_of(raw.g[j]);
     }
     if (p.use_qk_l2norm) {
       normalize(ready.q);
@@ -187,11 +183,14 @@ __device__ __forceinline__ void run_tokens(const TokenReader<T, J>& reader, int6
                                            float (&s)[4 * J][4]) {
   const KdaPrefillParams& p = reader.p;
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  RawToken<J> next = reader.load(begin);
+  constexpr bool kAhead = J <= 4;  // the next token's loads overlap with this one, where there are registers for them
+  RawToken<J> next;
+  if (kAhead) next = reader.load(begin);
 #pragma unroll 1
   for (int64_t token = begin; token < end; ++token) {
+    if (!kAhead) next = reader.load(token);
     const ReadyToken<J> x = reader.prepare(next);
-    if (token + 1 < end) next = reader.load(token + 1);
+    if (kAhead && token + 1 < end) next = reader.load(token + 1);
 
     // Lane 8 t + i of the warp has channel 32 j + 8 t + i: element c = 8 j + i of this lane's rows.
     const auto of_channel = [&](const float (&values)[J], int c) {
@@ -201,6 +200,7 @@ __device__ __forceinline__ void run_tokens(const TokenReader<T, J>& reader, int6
     float along_k[2][2] = {};
 #pragma unroll
     for (int c = 0; c < 8 * J; ++c) {
+      if (!kAhead && c % 8 == 0) __syncwarp();  // where registers are short, not too many shuffles at once
       const float decay = of_channel(x.decay, c), k = of_channel(x.k, c);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -215,6 +215,7 @@ __device__ __forceinline__ void run_tokens(const TokenReader<T, J>& reader, int6
     for (int r = 0; r < 2; ++r) delta[r] = x.beta * (x.v[r] - warp_sum<4>(along_k[r][0] + along_k[r][1]));
 #pragma unroll
     for (int c = 0; c < 8 * J; ++c) {
+      if (!kAhead && c % 8 == 0) __syncwarp();
       const float k = of_channel(x.k, c), q = of_channel(x.q, c);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
