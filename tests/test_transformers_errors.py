@@ -120,6 +120,7 @@ CHANGES = {
     "tensor subclass": (shard_one, "model.layers.2.mlp.experts.down_proj is a .*: quantised and sharded weights are not supported"),
     "patched": (patch_one, "model.layers.2.input_layernorm.forward has been replaced already"),
     "experts of one process": (lambda m: setattr(m.model.layers[1].mlp.experts, "_is_expert_parallel", True), "expert parallelism"),
+    "tensor parallel": (lambda m: setattr(m, "_tp_size", 2), "sharded over several processes"),
     "two dtypes": (lambda m: m.model.layers[0].to(torch.bfloat16), "one device and one dtype, got cpu and torch.bfloat16, torch.float32"),
     "float16 on a CPU": (lambda m: m.half(), "dtype must be float32 or bfloat16 on device 'cpu'"),
     "float64": (lambda m: m.double(), "dtype must be float32 or bfloat16 on device 'cpu'"),

@@ -134,6 +134,8 @@ def _check_modules(model: nn.Module) -> None:
     """Raises ValueError when a module that is to be replaced or read is not the library's own."""
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("the model is quantised; the operators take float32, bfloat16 and (on a GPU) float16 weights")
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError("the model is sharded over several processes (tp_plan): load it on one device")
     ours = (*NATIVE, *KEPT)
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
