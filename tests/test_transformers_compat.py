@@ -281,6 +281,26 @@ def test_a_wrong_operator_is_seen(plain: nn.Module, fast: nn.Module, name: str, 
     assert (in_chunks(fast, ids, sizes) - expected).abs().max() > 2 * TOLERANCE["cpu"]
 
 
+HOOKED = [
+    "layers.0", "layers.0.self_attn", "layers.0.self_attn.q_proj", "layers.0.self_attn.conv1d", "layers.0.self_attn.forget_gate",
+    "layers.0.self_attn.o_norm", "layers.1.mlp", "layers.1.mlp.gate", "layers.1.mlp.experts", "layers.1.mlp.shared_experts.down_proj",
+    "layers.3.self_attn", "layers.3.self_attn.kv_a_layernorm", "layers.3.self_attn.kv_b_proj", "layers.4.input_layernorm", "norm",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_of_modules_fire(plain: nn.Module, name: str):
+    """As in the library, whichever module it is, with the library's outputs (conv1d's is never called there either)."""
+    seen: dict[str, list[Any]] = {"plain": [], "fast": []}
+    for kind, model in (("plain", another(plain)), ("fast", accelerate(another(plain)))):
+        model.model.get_submodule(name).register_forward_hook(lambda _m, _i, out, kind=kind: seen[kind].append(out))
+        in_chunks(model, torch.tensor([PROMPT[:12]]), [10, 1, 1])
+    assert len(seen["fast"]) == len(seen["plain"]) == (0 if name.endswith("conv1d") else 3)
+    for found, expected in zip(seen["fast"], seen["plain"]):
+        if isinstance(expected, Tensor) and not name.endswith("kv_b_proj"):
+            assert (found - expected).abs().max() < 1e-4
+
+
 def test_no_weight_is_copied_or_moved(plain: nn.Module):
     model = copy.deepcopy(plain)
 

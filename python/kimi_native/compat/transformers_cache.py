@@ -104,9 +104,12 @@ def kda_states(layer: LinearAttentionLayer, qkv: Tensor, num_heads: int, head_di
         qkv: ``[B, Q, C]`` inputs of the convolution; of an unused layer the states are made like it.
 
     Returns:
-        (convolution's last inputs ``[B, 3, C]``, state ``[B, H, V, K]`` float32, whether they hold a past).
+        (convolution's last inputs ``[B, 3, C]``, state ``[B, H, V, K]`` float32, whether they hold a past). Raises ValueError
+        when the cache is of another batch size.
     """
     batch_size = qkv.shape[0]
+    if layer.is_conv_states_initialized[0] and layer.conv_states[0].shape[0] != batch_size:
+        raise ValueError(f"the cache holds {layer.conv_states[0].shape[0]} sequences, the input {batch_size}")
     if not layer.is_conv_states_initialized[0]:
         layer.lazy_initialization(conv_states=qkv.transpose(1, 2), conv_kernel_size=taps)
     if not layer.is_recurrent_states_initialized[0]:

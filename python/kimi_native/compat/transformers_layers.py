@@ -34,8 +34,16 @@ ABSORBED_TOKENS = 8
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
-def takes_library(module: nn.Module, x: Tensor, weight: Tensor) -> bool:
-    """Whether the library's own forward must run: a gradient is wanted, or these dtypes are not those of our operators."""
+def hooked(*modules: nn.Module) -> bool:
+    """Whether somebody wants to know of the calls of these modules."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def takes_library(module: nn.Module, x: Tensor, weight: Tensor, *read: nn.Module) -> bool:
+    """Whether the library's own forward must run: a gradient is wanted, these dtypes are not those of our operators, or one of the
+    children whose weights ours reads, without calling it, is hooked."""
+    if hooked(*read):
+        return True
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
         return True
     kind = x.device.type
@@ -53,7 +61,7 @@ class NativeLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.bias is not None or not has_few_rows(input) or takes_library(self, input, self.weight):
             return super().forward(input)
-        return ops.batch_invariant_linear(input, self.weight)
+        return ops.batch_invariant_linear(input.contiguous(), self.weight)
 
 
 def project(x: Tensor, *linears: nn.Linear) -> Tensor:
@@ -62,12 +70,13 @@ def project(x: Tensor, *linears: nn.Linear) -> Tensor:
     Few rows go straight to the operator: a call of a module costs as much as a small projection. Modules that somebody has
     hooked or that have a bias are called as modules.
     """
-    if not has_few_rows(x) or any(m.bias is not None or m._forward_hooks or m._forward_pre_hooks for m in linears):
+    if not has_few_rows(x) or hooked(*linears) or any(linear.bias is not None for linear in linears):
         return linears[0](x) if len(linears) == 1 else torch.cat([linear(x) for linear in linears], dim=-1)
     sizes = [linear.out_features for linear in linears]
-    out = x.new_empty(x.numel() // x.shape[-1], sum(sizes))
+    rows = x.reshape(-1, x.shape[-1])
+    out = x.new_empty(rows.shape[0], sum(sizes))
     for linear, part in zip(linears, out.split(sizes, dim=-1)):
-        ops.batch_invariant_linear(x.view(-1, x.shape[-1]), linear.weight, out=part)
+        ops.batch_invariant_linear(rows, linear.weight, out=part)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -76,7 +85,9 @@ class NativeRMSNorm(KimiLinearRMSNorm):
         if takes_library(self, hidden_states, self.weight):
             return super().forward(hidden_states)
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return ops.rms_norm(rows, self.weight, self.variance_epsilon).view(hidden_states.shape)
+        return ops.rms_norm(rows if rows.stride(1) == 1 else rows.contiguous(), self.weight, self.variance_epsilon).view(
+            hidden_states.shape
+        )
 
 
 class NativeDeltaAttention(KimiLinearDeltaAttention):
@@ -92,7 +103,8 @@ class NativeDeltaAttention(KimiLinearDeltaAttention):
     ) -> Tensor:
         layer = None if cache_params is None else cache_params.layers[self.layer_idx]
         own_layer = layer is None or (type(layer) is LinearAttentionLayer and not layer.record_past)
-        if not own_layer or any(name in kwargs for name in PACKING) or takes_library(self, hidden_states, self.conv1d.weight):
+        read = (self.conv1d, self.forget_gate, self.o_norm)
+        if not own_layer or any(name in kwargs for name in PACKING) or takes_library(self, hidden_states, self.conv1d.weight, *read):
             return super().forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
         x = apply_mask_to_padding_states(hidden_states, attention_mask)
         step = kimi_native_step or Step(x.shape[0], x.shape[1], x.device)
@@ -168,7 +180,8 @@ class NativeLatentAttention(KimiLinearAttention):
         wants_weights = kwargs.get("output_attentions", self.config.output_attentions)
         other_attention = wants_weights or "is_causal" in kwargs or any(name in kwargs for name in PACKING)
         drops = self.training and self.attention_dropout > 0
-        return step.plain and not other_attention and not drops and not takes_library(self, x, self.kv_b_proj.weight)
+        read = (self.kv_a_layernorm, self.kv_b_proj)
+        return step.plain and not other_attention and not drops and not takes_library(self, x, self.kv_b_proj.weight, *read)
 
     def _expanded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Keys without their shared part, and values, ``[N, H, ...]``, of latents ``[N, L]``."""
@@ -230,7 +243,7 @@ class NativeMLP(KimiLinearMLP):
     """A dense feed-forward layer, or a shared expert."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if takes_library(self, x, self.gate_proj.weight):
+        if not has_few_rows(x) or takes_library(self, x, self.gate_proj.weight):
             return super().forward(x)
         gate, up = project(x, self.gate_proj, self.up_proj).chunk(2, dim=-1)
         return project(F.silu(gate) * up, self.down_proj)
@@ -241,10 +254,10 @@ class NativeMoE(KimiLinearMoE):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         experts, gate = self.experts, self.gate
-        if takes_library(self, hidden_states, experts.gate_up_proj):
+        if takes_library(self, hidden_states, experts.gate_up_proj, experts):
             return super().forward(hidden_states)
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if gate._forward_hooks:  # somebody records the router's logits
+        x = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
+        if hooked(gate):  # the library's recorder of the router's logits is such a hook
             _, weights, ids = gate(x)
             weights, ids = weights.float().contiguous(), ids.to(torch.int32).contiguous()
         else:
