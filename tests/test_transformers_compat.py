@@ -423,7 +423,8 @@ def test_recorded_outputs(plain: nn.Module, fast: nn.Module):
     with torch.no_grad():
         found, expected = (m(PADDED, attention_mask=MASK, **options) for m in (fast, plain))
     assert_near(found.logits, expected.logits, MASK)
-    for name, count in (("attentions", 2), ("hidden_states", 6), ("router_logits", 4)):
+    counts = {"attentions": 2, "hidden_states": 6} | ({"router_logits": 4} if "router_logits" in expected else {})  # not in 5.17
+    for name, count in counts.items():
         assert len(found[name]) == len(expected[name]) == count
         for a, b in zip(found[name], expected[name]):
             by_token = [t.transpose(1, 2) if name == "attentions" else t.reshape(*PADDED.shape, -1) for t in (a, b)]
@@ -490,7 +491,7 @@ def test_the_cache_is_the_library_s(plain: nn.Module, fast: nn.Module):
         with pytest.raises(RuntimeError, match="does not track past states"):
             cache.crop(-1)
         cache.reset()
-        assert cache.get_seq_length() == 0
+    assert ours.get_seq_length() == 0
     assert_near(logits(fast, PADDED, past_key_values=ours, attention_mask=MASK), logits(plain, PADDED, attention_mask=MASK), MASK)
     with pytest.raises(ValueError, match="holds 3 sequences, the input 1"):
         logits(fast, [[1]], past_key_values=ours)
