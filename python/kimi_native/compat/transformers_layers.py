@@ -72,8 +72,10 @@ def project(x: Tensor, *linears: nn.Linear) -> Tensor:
     """
     if not has_few_rows(x) or hooked(*linears) or any(linear.bias is not None for linear in linears):
         return linears[0](x) if len(linears) == 1 else torch.cat([linear(x) for linear in linears], dim=-1)
-    sizes = [linear.out_features for linear in linears]
     rows = x.reshape(-1, x.shape[-1])
+    if len(linears) == 1:
+        return ops.batch_invariant_linear(rows, linears[0].weight).view(*x.shape[:-1], -1)
+    sizes = [linear.out_features for linear in linears]
     out = x.new_empty(rows.shape[0], sum(sizes))
     for linear, part in zip(linears, out.split(sizes, dim=-1)):
         ops.batch_invariant_linear(rows, linear.weight, out=part)
@@ -108,16 +110,17 @@ class NativeDeltaAttention(KimiLinearDeltaAttention):
             return super().forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
         x = apply_mask_to_padding_states(hidden_states, attention_mask)
         step = kimi_native_step or Step(x.shape[0], x.shape[1], x.device)
-        gate = self.forget_gate
-        qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
-        forget, output_gate = project(project(x, gate.f_a_proj), gate.f_b_proj), project(project(x, self.g_a_proj), self.g_b_proj)
-        out = self._delta_rule(qkv, forget, project(x, self.b_proj), output_gate, layer, step)
+        gate, dim = self.forget_gate, self.head_dim
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj, gate.f_a_proj, self.g_a_proj, self.b_proj)
+        qkv, forget_a, gate_a, beta = projected.split([self.conv_dim, dim, dim, self.num_heads], dim=-1)
+        forget, output_gate = project(forget_a, gate.f_b_proj), project(gate_a, self.g_b_proj)
+        out = self._delta_rule(qkv, forget, beta, output_gate, layer, step)
         return project(out.view(*x.shape[:2], self.qkv_dim), self.o_proj)
 
     def _delta_rule(
         self, qkv: Tensor, forget: Tensor, beta: Tensor, output_gate: Tensor, layer: LinearAttentionLayer | None, step: Step
     ) -> Tensor:
-        """From the projections of all tokens (``[B, Q, ...]``) to what goes into the last one; ``[B, Q, H, D]`` or ``[B * Q, H, D]``."""
+        """From the projections of all tokens (``[B, Q, ...]``, tokens evenly spaced) to what goes into the last one."""
         (batch_size, num_new, channels), heads, dim = qkv.shape, self.num_heads, self.head_dim
         if layer is None:
             conv = qkv.new_empty(batch_size, self.conv_kernel_size - 1, channels)
@@ -137,7 +140,7 @@ class NativeDeltaAttention(KimiLinearDeltaAttention):
         q, k, v = mixed.view(-1, 3, heads, dim).unbind(1)
         forget, output_gate = (t.view(-1, heads, dim) for t in (forget, output_gate))
         o = ops.kda_prefill(
-            q, k, v, forget, beta.view(-1, heads), state, slots, starts, A_log=A_log, dt_bias=dt_bias, has_initial_state=has_state
+            q, k, v, forget, beta.flatten(0, 1), state, slots, starts, A_log=A_log, dt_bias=dt_bias, has_initial_state=has_state
         )  # fmt: skip
         return ops.gated_rms_norm(o, output_gate, norm.weight, norm.variance_epsilon, out=o)
 
