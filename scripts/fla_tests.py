@@ -5,9 +5,9 @@
     fla_tests.py CHECKOUT -- -k varlen --maxfail 3     what follows -- is for pytest
 
 CHECKOUT is a clone of https://github.com/fla-org/flash-linear-attention, or a folder with tests/conftest.py and tests/ops/test_kda.py of
-it. Needs fla-core (0.6.0 was tried), triton, einops and pytest; no network. Works on what device there is. Without a GPU fla's kernels cannot
-run but ours do: tests that are skipped there run all the same, and what asks for "cuda" gets the CPU. Tests that call none of our
-functions are left out.
+it. Needs fla-core (0.6.0 was tried), triton, einops and pytest; no network. Works on what device there is: without a GPU fla's kernels
+cannot run but ours do, so tests that are skipped there run all the same, and what asks for "cuda" gets the CPU. Tests that call none of
+our functions are left out.
 
 We are for inference. Tests that also compare gradients run with gradients of zero for what is ours and without those comparisons (the
 column "forward"): their outputs and final states are compared as ever. With `--through backend` nothing of this is needed, for fla
@@ -37,7 +37,10 @@ from torch.overrides import TorchFunctionMode
 
 FUNCTIONS = ("chunk_kda", "fused_recurrent_kda", "fused_recurrent_kda_fwd")
 STATUSES = ("passed", "forward", "declined", "skipped", "failed")
-EXPLANATION = "passed: as it stands; forward: but for comparisons of gradients; declined: asks for what we do not offer; calls: those that we computed"
+EXPLANATION = (
+    "passed: as it stands; forward: but for comparisons of gradients; declined: asks for what we do not offer;\n"
+    "calls: those that we computed"
+)
 
 
 @dataclass
