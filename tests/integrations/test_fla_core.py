@@ -154,9 +154,14 @@ def test_flash_kda_is_asked_first():
 
 
 @pytest.mark.parametrize(
-    "imports", ["import kimi_native, fla", "import fla, kimi_native", "import kimi_native.compat.fla; from fla.ops import kda"]
+    "imports, variable, expected",
+    [
+        ("import kimi_native, fla", "1", "True"),
+        ("import fla, kimi_native", "1", "True"),
+        ("import kimi_native.compat.fla; from fla.ops import kda", "1", "True"),
+        ("import kimi_native, fla", "0", "False"),
+    ],
 )
-@pytest.mark.parametrize("variable, expected", [("1", "True"), ("0", "False")])
 def test_both_are_imported_in_any_order(imports, variable, expected):
     program = f"""{imports}
 import inspect, fla.backends, fla.ops.kda
