@@ -3,12 +3,11 @@ function, in the order of their priority, and computes itself what none of them 
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import Any
 
 from kimi_native.compat.fla.call import KdaCall
-from kimi_native.compat.fla.functions import chunk_kda, fused_recurrent_kda_fwd
+from kimi_native.compat.fla.functions import chunk_kda, fused_recurrent_kda_fwd, read_chunk_kda, read_fused_recurrent_kda_fwd
 from kimi_native.compat.when_imported import when_imported
 
 logger = logging.getLogger(__name__)
@@ -62,13 +61,13 @@ def _backend(base: type) -> type:
         priority = PRIORITY
 
         def chunk_kda_verifier(self, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
-            return _verdict(inspect.unwrap(chunk_kda)(*args, **kwargs))
+            return _verdict(read_chunk_kda(*args, **kwargs))
 
         def chunk_kda(self, *args: Any, **kwargs: Any) -> Any:
             return chunk_kda(*args, **kwargs)
 
         def fused_recurrent_kda_fwd_verifier(self, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
-            return _verdict(inspect.unwrap(fused_recurrent_kda_fwd)(*args, **kwargs))
+            return _verdict(read_fused_recurrent_kda_fwd(*args, **kwargs))
 
         def fused_recurrent_kda_fwd(self, *args: Any, **kwargs: Any) -> Any:
             return fused_recurrent_kda_fwd(*args, **kwargs)

@@ -30,7 +30,7 @@ Parameters = ParamSpec("Parameters")
 
 
 def computes(read: Callable[Parameters, KdaCall]) -> Callable[Parameters, Any]:
-    """The function of fla that computes the call which `read` makes of its arguments; `inspect.unwrap` of it is `read`."""
+    """The function of fla that computes the call which `read` makes of its arguments (and `inspect.unwrap` gives back)."""
 
     @functools.wraps(read)
     def function(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Any:
@@ -234,6 +234,10 @@ def fused_recurrent_kda_fwd(
     )
 
 
+read_chunk_kda = inspect.unwrap(chunk_kda)
+read_fused_recurrent_kda_fwd = inspect.unwrap(fused_recurrent_kda_fwd)
+
+
 @computes
 def fused_recurrent_kda(
     q: Tensor,
@@ -269,7 +273,7 @@ def fused_recurrent_kda(
     """
     state_v_first = _take_v_first("fused_recurrent_kda", state_v_first, kwargs)
     _refuse_unknown("fused_recurrent_kda", kwargs)
-    return inspect.unwrap(fused_recurrent_kda_fwd)(
+    return read_fused_recurrent_kda_fwd(
         q,
         k,
         v,
