@@ -245,6 +245,25 @@ def test_zero_keys_and_saturated_gates(size, dtype, device):
     check_against_spec(args, device)
 
 
+@pytest.mark.parametrize("device, dtype", HALF_DTYPES)
+@pytest.mark.parametrize("key_dim, value_dim", [(48, 80), (64, 64), (128, 128)])
+def test_a_bfloat16_state_is_the_float32_state_rounded(key_dim, value_dim, device, dtype):
+    args = on(device, problem([130, 0, 64, 7], 1, 2, key_dim, value_dim, dtype, num_slots=12))
+    unused = [s for s in range(12) if s not in args["slots"].tolist()]
+    more = {
+        "has_initial_state": torch.tensor([True, True, False, True], device=device),
+        "snapshot_slots": i32([unused[0], unused[1]], [-1, -1], [unused[2], -1], [-1, -1], device=device),
+    }
+    half = args | more | {"state": args["state"].bfloat16()}
+    full = args | more | {"state": half["state"].float()}
+    assert_same_bits(kda_prefill(**half), kda_prefill(**full))
+    assert_same_bits(half["state"], full["state"].bfloat16(), "state")
+    odd = torch.empty(12, half["state"][0].numel() + 1, dtype=torch.bfloat16, device=device)[:, 1:].unflatten(1, half["state"].shape[1:])
+    odd.copy_(args["state"])
+    kda_prefill(**half | {"state": odd})
+    assert_same_bits(odd, half["state"], "state that is not aligned")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 32), (torch.bfloat16, 64)])
 def test_fresh_sequences_do_not_read_their_slot(dtype, size, device):

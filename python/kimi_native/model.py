@@ -339,10 +339,10 @@ class KimiLinear:
             sequence.num_tokens += len(chunk)
         return torch.cat(parts)
 
-    def make_caches(self, num_slots: int, num_pages: int) -> tuple[KdaCache, LatentCache]:
-        """Pools for this model on its device and in its dtype."""
+    def make_caches(self, num_slots: int, num_pages: int, kda_state_dtype: torch.dtype = torch.float32) -> tuple[KdaCache, LatentCache]:
+        """Pools for this model on its device and in its dtype. Raises ValueError for a `kda_state_dtype` that `KdaCache` does not take."""
         return (
-            KdaCache(self.config, num_slots, self.device, self.dtype),
+            KdaCache(self.config, num_slots, self.device, self.dtype, kda_state_dtype),
             LatentCache(self.config, num_pages, self.device, self.dtype),
         )
 
