@@ -1,4 +1,5 @@
-"""Our operators inside other libraries' models. Nothing here imports those libraries before it is called."""
+"""Our operators behind the interfaces of other libraries and inside their models. Nothing here imports those libraries before they
+are there or asked for."""
 
 from __future__ import annotations
 
