@@ -25,8 +25,9 @@
 
 namespace kimi::cuda {
 
+// Image: where the results go, ChunkImage<K, V> or what has the same member functions.
 // SASS: tensor cores, 16-byte loads
-template <typename T, int K, int V>
+template <typename T, int K, int V, typename Image>
 __global__ void __launch_bounds__(kPrepThreads, 2)
     kda_prep_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
   auto& shared = shared_memory<PrepShared<K, V>>();
@@ -93,8 +94,8 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
   exact = __syncthreads_or(exact);
 
   // Phase 2: factors of the groups within the chunk; the unit of the values.
-  auto& image = image_of<ChunkImage<K, V>>(segment, chunk, task.head, num_heads);
-  chunk_factors(shared, image.factors);
+  auto& image = image_of<Image>(segment, chunk, task.head, num_heads);
+  chunk_factors(shared, image);
 #pragma unroll
   for (int m = 0; m < kGroups; ++m) {
     largest = fmaxf(largest, shared.largest_value[m]);
@@ -105,32 +106,31 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
   if (threadIdx.x == 0) {
     shared.exponent = exponent;
     shared.image = &image;
-    image.factors.exponent = exponent;
     // In units for very large values, a token of ordinary ones would drown, and the large ones may soon be forgotten.
-    image.factors.exact = exact || (exponent > 0 && exponent_of(smallest) < exponent - 12);
-    image.factors.unused[0] = image.factors.unused[1] = 0;
+    image.store_header(exponent, exact || (exponent > 0 && exponent_of(smallest) < exponent - 12));
   }
   __syncthreads();
 
   // Phase 3: operands.
   RowOperands<K> rows;
   float diagonal[4] = {};
-  make_operands<T>(shared, image.factors, rows, diagonal);
+  make_operands<T>(shared, image, rows, diagonal);
   convert_values<T>(shared, power_of_two(-shared.exponent));
   __syncthreads();
 
   // Phase 4: A_kk, A_qk and the diagonal inverses.
-  make_systems(rows, diagonal, shared, shared.image->factors);
+  auto& image_again = *static_cast<Image*>(shared.image);
+  make_systems(rows, diagonal, shared, image_again);
   __syncthreads();
 
   // Phase 5: kg in pairs of groups; w and u, 32 rows a warp.
+  if constexpr (Image::kTransposedKg) {
 #pragma unroll
-  for (int i = 0; i < K / 64; ++i) {
-    const int s = at.group / 2, j = at.group % 2 * (K / 64) + i;
-    const uint4 even = shared.groups[2 * s][j].operands.kg[at.lane],
-                odd = shared.groups[2 * s + 1][j].operands.kg[at.lane];
-    shared.image->factors.kg[s][2 * j][at.lane] = make_uint4(even.x, odd.x, even.y, odd.y);
-    shared.image->factors.kg[s][2 * j + 1][at.lane] = make_uint4(even.z, odd.z, even.w, odd.w);
+    for (int i = 0; i < K / 64; ++i) {
+      const int s = at.group / 2, j = at.group % 2 * (K / 64) + i;
+      image_again.store_kg(s, j, at.lane, shared.groups[2 * s][j].operands.kg[at.lane],
+                           shared.groups[2 * s + 1][j].operands.kg[at.lane]);
+    }
   }
   if (at.group >= K / 32 + V / 32) return;
   uint32_t x[kGroups][2][2];
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
     for (int i = 0; i < kGroups; ++i) {
       uint4 w = movmatrix_trans(make_uint4(x[i][0][0], x[i][0][1], x[i][1][0], x[i][1][1]));
       constexpr uint32_t kSigns = 0x80008000u;
-      shared.image->factors.w[i][j][at.lane] = make_uint4(w.x ^ kSigns, w.y ^ kSigns, w.z ^ kSigns, w.w ^ kSigns);
+      image_again.store_w(i, j, at.lane, make_uint4(w.x ^ kSigns, w.y ^ kSigns, w.z ^ kSigns, w.w ^ kSigns));
     }
   } else {
     const int m = 2 * (at.group - K / 32);
@@ -149,8 +149,9 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
     for (int s = 0; s < kGroups / 2; ++s) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        shared.image->u[m + half][s][at.lane] =
-            make_uint4(x[2 * s][half][0], x[2 * s][half][1], x[2 * s + 1][half][0], x[2 * s + 1][half][1]);
+        image_again.store_u(
+            m + half, s, at.lane,
+            make_uint4(x[2 * s][half][0], x[2 * s][half][1], x[2 * s + 1][half][0], x[2 * s + 1][half][1]));
       }
     }
   }

@@ -48,7 +48,7 @@ struct PrepShared {
   float beta[kChunk];
   float2 scales[kChunk];  // of q and k
   int exponent;           // units of the values, phase 2 on; here like `image` for want of registers in phase 3
-  ChunkImage<K, V>* image;
+  void* image;
   float largest_value[kGroups], smallest_value[kGroups];  // of the tokens' largest |v|; zeros left out of the smallest
 };
 

@@ -32,8 +32,8 @@ __device__ __forceinline__ void load_eight(float (&x)[8], const float* from) {
 }
 
 // Phase 2. From the groups' factors to those of the chunk: one channel a thread.
-template <int K, int V>
-__device__ __forceinline__ void chunk_factors(PrepShared<K, V>& shared, ChunkFactors<K>& image) {
+template <int K, int V, typename Image>
+__device__ __forceinline__ void chunk_factors(PrepShared<K, V>& shared, Image& image) {
   const int c = threadIdx.x % K, part = threadIdx.x / K;
   if (part >= 2) return;
   auto& factors = shared.factors;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void chunk_factors(PrepShared<K, V>& shared, ChunkFac
       factors.chunk_start_to_mid[m][c] = factors.start_to_mid[m][c] * before;
       before *= decay[m];
     }
-    image.decay[c] = before;
+    image.store_decay(c, before);
 #pragma unroll
     for (int m = kGroups - 1; m >= 0; --m) {
       factors.mid_to_chunk_end[m][c] = factors.mid_to_end[m][c] * after;
@@ -73,8 +73,8 @@ struct RowOperands {
 };
 
 // Phase 3. All operands of the group's tokens; the product of the group with itself into `diagonal` (k rows, q rows).
-template <typename T, int K, int V>
-__device__ __forceinline__ void make_operands(PrepShared<K, V>& shared, ChunkFactors<K>& image, RowOperands<K>& rows,
+template <typename T, int K, int V, typename Image>
+__device__ __forceinline__ void make_operands(PrepShared<K, V>& shared, Image& image, RowOperands<K>& rows,
                                               float (&diagonal)[4]) {
   const PrepLane at;
   const float q_scale = shared.scales[kGroup * at.group + at.g].x, k_scale = shared.scales[kGroup * at.group + at.g].y;
@@ -117,10 +117,13 @@ __device__ __forceinline__ void make_operands(PrepShared<K, V>& shared, ChunkFac
     group.operands.k_end[at.lane] = pack_scaled(k_column, factor);
     // With the state.
     load_eight(factor, &shared.factors.chunk_start_to_mid[at.group][channel]);
-    image.q[at.group][j][at.lane] = pack_scaled(q, factor);
+    image.store_q(at.group, j, at.lane, pack_scaled(q, factor));
     shared.q_then_k_start[at.group][j][at.lane] = movmatrix_trans(pack_scaled(k, factor));
     load_eight(factor, &shared.factors.mid_to_chunk_end[at.group][channel]);
-    group.operands.kg[at.lane] = movmatrix_trans(pack_scaled(k_column, factor));
+    if constexpr (Image::kTransposedKg)
+      group.operands.kg[at.lane] = movmatrix_trans(pack_scaled(k_column, factor));
+    else
+      image.store_kg(at.group, j, at.lane, pack_scaled(k_column, factor));
   }
 }
 

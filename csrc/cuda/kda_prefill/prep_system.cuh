@@ -48,9 +48,9 @@ __device__ __forceinline__ float2 invert_diagonal_block(float2 n) {
 }
 
 // Phase 4. This group's rows of A_kk and A_qk.
-template <int K, int V>
+template <int K, int V, typename Image>
 __device__ __forceinline__ void make_systems(const RowOperands<K>& rows, const float (&diagonal)[4],
-                                             PrepShared<K, V>& shared, ChunkFactors<K>& image) {
+                                             PrepShared<K, V>& shared, Image& image) {
   const PrepLane at;
   const float beta = shared.beta[kGroup * at.group + at.g];
   uint32_t upper[kGroups] = {}, lower[kGroups] = {}, a_qk[kGroups] = {};  // of column groups
@@ -83,8 +83,7 @@ __device__ __forceinline__ void make_systems(const RowOperands<K>& rows, const f
   for (int i = 0; i < kGroups; ++i) {
     if (i == at.group) a_qk[i] = a_qk_diagonal;
   }
-  image.a_qk[a_qk_entry(at.group, 0)][at.lane] = make_uint4(a_qk[0], a_qk[1], a_qk[2], a_qk[3]);
-  if (at.group >= 4) image.a_qk[a_qk_entry(at.group, 1)][at.lane] = make_uint4(a_qk[4], a_qk[5], a_qk[6], a_qk[7]);
+  image.store_a_qk(at.group, at.lane, a_qk);
 }
 
 // Phase 5. 32 rows (the warp's: channels of w, then values of u) of X = R T^T with R = rows x tokens, by forward
