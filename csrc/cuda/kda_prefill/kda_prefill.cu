@@ -144,7 +144,8 @@ void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
     segment.first = static_cast<int>(first);
     segment.count = static_cast<int>(std::min(plan.chunks_per_segment, plan.chunks - first));
     const dim3 blocks(static_cast<unsigned>(p.num_value_heads), static_cast<unsigned>(segment.count));
-    launch(kda_prep_kernel<T, K, K>, blocks, dim3(kPrepThreads), sizeof(PrepShared<K, K>), stream, p, segment);
+    launch(kda_prep_kernel<T, K, K, ChunkImage<K, K>>, blocks, dim3(kPrepThreads), sizeof(PrepShared<K, K>), stream, p,
+           segment);
     // As many slices of a head as find multiprocessors of their own; when the heads are enough for those, a block for
     // the whole head, which copies the images once. The same bits in any case.
     const int64_t heads = p.num_sequences * p.num_value_heads, processors = multiprocessors();
