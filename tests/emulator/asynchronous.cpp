@@ -80,11 +80,12 @@ struct Accumulators {
 struct PendingProduct {
   std::array<std::array<uint32_t, 4>, kWarpgroup> a;
   Product shape;
-  int accumulators, group;  // an index into those of the warpgroup
+  int accumulators, group;  // their number
 };
 
 struct Warpgroup {
-  std::deque<Accumulators> accumulators;
+  std::map<int, Accumulators> accumulators;  // by a number of their own
+  int next_number = 0;
   std::deque<PendingProduct> products;  // not computed yet
 };
 
@@ -154,7 +155,7 @@ bool compute(Warpgroup& warpgroup, const PendingProduct& product, int rank) {
       }
     }
   }
-  Accumulators& to = warpgroup.accumulators[product.accumulators];
+  Accumulators& to = warpgroup.accumulators.at(product.accumulators);
   for (int thread = 0; thread < kWarpgroup; ++thread) {
     const int row = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
     for (int tile = 0; tile < tiles; ++tile) {
@@ -181,11 +182,10 @@ void compute_before(Warpgroup& warpgroup, int end, int rank) {
 // The accumulators of the threads' next product; -1, with a failure noted, if some are under way in another shape.
 int find_accumulators(Warpgroup& warpgroup, const Product* const* threads, int group) {
   const int tiles = threads[0]->tiles;
-  for (size_t i = 0; i < warpgroup.accumulators.size(); ++i) {
-    Accumulators& other = warpgroup.accumulators[i];
+  for (auto& [number, other] : warpgroup.accumulators) {
     if (other.registers[0] == threads[0]->d && other.tiles == tiles) {
       other.last_group = group;
-      return static_cast<int>(i);
+      return number;
     }
     if (threads[0]->d < other.registers[0] + 4 * other.tiles && other.registers[0] < threads[0]->d + 4 * tiles) {
       note_failure("accumulators of wgmma that are under way in another shape");
@@ -198,8 +198,8 @@ int find_accumulators(Warpgroup& warpgroup, const Product* const* threads, int g
     std::copy_n(threads[thread]->d, 4 * tiles, &next.values[static_cast<size_t>(thread) * 4 * tiles]);
     std::fill_n(threads[thread]->d, 4 * tiles, NAN);
   }
-  warpgroup.accumulators.push_back(std::move(next));
-  return static_cast<int>(warpgroup.accumulators.size()) - 1;
+  warpgroup.accumulators.emplace(warpgroup.next_number, std::move(next));
+  return warpgroup.next_number++;
 }
 
 struct WgmmaCall {
@@ -226,10 +226,7 @@ void issue(void* const* arguments) {
       return note_failure("the threads of a warpgroup have different groups of wgmma");
   }
   // Forget what everybody has waited for.
-  auto& all = warpgroup.accumulators;
-  if (warpgroup.products.empty() &&
-      std::all_of(all.begin(), all.end(), [&](const Accumulators& x) { return x.last_group < state.complete; }))
-    all.clear();
+  std::erase_if(warpgroup.accumulators, [&](const auto& x) { return x.second.last_group < state.complete; });
   PendingProduct next{{}, *first.product, find_accumulators(warpgroup, products, state.group), state.group};
   if (next.accumulators < 0) return;
   for (int i = 0; i < kWarpgroup; ++i) std::copy_n(products[i]->a, 4, next.a[i].begin());
@@ -343,7 +340,7 @@ void wgmma_wait(int newest_groups_left) {
   Warpgroup& warpgroup = warpgroups[current->warpgroup];
   compute_before(warpgroup, state.complete, current->rank);
   const int thread = current->linear % kWarpgroup;
-  for (Accumulators& x : warpgroup.accumulators) {
+  for (auto& [number, x] : warpgroup.accumulators) {
     if (x.last_group >= state.complete || x.registers[thread] == nullptr) continue;
     std::copy_n(&x.values[static_cast<size_t>(thread) * 4 * x.tiles], 4 * x.tiles, x.registers[thread]);
     x.registers[thread] = nullptr;

@@ -113,6 +113,11 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// Between a wait and the use of what was waited for: registers the compiler may not read before.
+__device__ __forceinline__ void register_fence(float (&x)[4]) {
+  asm volatile("" : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])::"memory");
+}
+
 // The descriptor of a matrix in shared memory that consists of 8 x 8 matrices, each 128 bytes in a row: 8 rows of 16
 // bytes (no swizzle). The strides, in bytes, go from one of those to the next: along k, and along the columns of b. The
 // 16 contiguous bytes are 8 elements along k; if the instruction says kMnMajor, 8 columns.

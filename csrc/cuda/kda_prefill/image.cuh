@@ -102,7 +102,8 @@ __device__ __forceinline__ int sequence_of_chunk(const int32_t* cu_seqlens, int 
 struct Segment {
   int first = 0, count = 0;
   void* images = nullptr;
-  int stages = 2;  // of the ring of images of the second kernel: 2 or 3
+  int stages = 2;        // of the ring of images of the second kernel in its portable form: 2 or 3
+  bool forward = false;  // the order in which the first kernel goes through the chunks
   // Which tensors lie such that vectors may be used: of 8 bytes for out, 16 for the state and, as they need, the
   // inputs.
   bool wide_inputs = false, wide_out = false, wide_state = false;

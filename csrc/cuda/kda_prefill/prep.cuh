@@ -21,20 +21,20 @@
 // between them, which the second block on the multiprocessor is for.
 #pragma once
 
+#include "cuda/common/ptx_sm90.h"
 #include "cuda/kda_prefill/prep_system.cuh"
 
 namespace kimi::cuda {
 
-// Image: where the results go, ChunkImage<K, V> or what has the same member functions.
-// SASS: tensor cores, 16-byte loads
+// The block's chunk. Image: where the results go, ChunkImage<K, V> or what has the same member functions.
 template <typename T, int K, int V, typename Image>
-__global__ void __launch_bounds__(kPrepThreads, 2)
-    kda_prep_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
+__device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const Segment& segment) {
   auto& shared = shared_memory<PrepShared<K, V>>();
   const PrepLane at;
   const int num_heads = static_cast<int>(p.num_value_heads);
   // From the last chunk to the first: the second kernel finds the images it begins with in the L2 cache.
-  const int chunk = segment.first + segment.count - 1 - static_cast<int>(blockIdx.y);
+  const int place = static_cast<int>(segment.forward ? blockIdx.y : gridDim.y - 1 - blockIdx.y);
+  const int chunk = segment.first + place;
   const int sequence = sequence_of_chunk(p.cu_seqlens, static_cast<int>(p.num_sequences), chunk);
   if (sequence < 0 || p.slots[sequence] < 0) return;
   PrepTask task;
@@ -154,6 +154,19 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
             make_uint4(x[2 * s][half][0], x[2 * s][half][1], x[2 * s + 1][half][0], x[2 * s + 1][half][1]));
       }
     }
+  }
+}
+
+// SASS: tensor cores, 16-byte loads
+template <typename T, int K, int V, typename Image>
+__global__ void __launch_bounds__(kPrepThreads, 2)
+    kda_prep_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
+  // Where this kernel and the second one overlap (kda_prefill.cu): once all blocks are under way, those of the second
+  // one may come, and wait; and this one ends only when the second one of the segment before has.
+  if constexpr (kHasSm90) grid_launch_dependents();
+  prepare_chunk<T, K, V, Image>(p, segment);
+  if constexpr (kHasSm90) {
+    if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1) grid_dependency_wait();
   }
 }
 

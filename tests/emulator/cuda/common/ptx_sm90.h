@@ -62,6 +62,8 @@ void wgmma_wait() {
   emulator::wgmma_wait(N);
 }
 
+inline void register_fence(float (&)[4]) {}
+
 template <bool kMnMajor>
 uint64_t wgmma_descriptor(const void* shared, int k_stride, int column_stride) {
   return uint64_t{emulator::shared_address(shared)} >> 4 | uint64_t(k_stride >> 4) << 16 |
