@@ -11,9 +11,13 @@ namespace kimi::emulator {
 namespace {
 
 constexpr int kWarpgroup = 128;
+// Numbers rather than NaN, from which a kernel that looks for overflows recovers unnoticed.
+constexpr float kPoison = -1234.5f;
+constexpr int kPoisonByte = 0x5a;  // 203 in fp16
 constexpr uint64_t kSignature = 0x7265697272616221;
 
-// ---- mbarrier and bulk copies ----------------------------------------------------------------------------------------
+// ---- mbarrier and bulk copies
+// ----------------------------------------------------------------------------------------
 
 struct MBarrier {
   int expected = 0, pending = 0, phase = 0;
@@ -24,6 +28,7 @@ struct MBarrier {
 };
 
 struct BulkCopy {
+  bool late;  // ends only when nothing else can go on
   int rank;
   uint32_t to, barrier, bytes;  // shared-memory addresses
   const void* from;
@@ -68,7 +73,8 @@ MBarrier& need_barrier(int rank, const uint64_t* barrier) {
   return *found;
 }
 
-// ---- wgmma -----------------------------------------------------------------------------------------------------------
+// ---- wgmma
+// -----------------------------------------------------------------------------------------------------------
 
 // Accumulators that products are under way to: their values, which the threads do not see yet.
 struct Accumulators {
@@ -196,7 +202,7 @@ int find_accumulators(Warpgroup& warpgroup, const Product* const* threads, int g
   for (int thread = 0; thread < kWarpgroup; ++thread) {
     next.registers[thread] = threads[thread]->d;
     std::copy_n(threads[thread]->d, 4 * tiles, &next.values[static_cast<size_t>(thread) * 4 * tiles]);
-    std::fill_n(threads[thread]->d, 4 * tiles, NAN);
+    std::fill_n(threads[thread]->d, 4 * tiles, kPoison);
   }
   warpgroup.accumulators.emplace(warpgroup.next_number, std::move(next));
   return warpgroup.next_number++;
@@ -254,12 +260,14 @@ void at_return() {
   if (state.open || state.complete < state.group) fail("a thread that returns while its wgmma is under way");
 }
 
-bool has_copies() {
-  return !bulk_copies.empty();
+bool has_copies(bool idle) {
+  return std::any_of(bulk_copies.begin(), bulk_copies.end(), [&](const BulkCopy& copy) { return idle || !copy.late; });
 }
 
-void end_a_copy() {
-  std::swap(bulk_copies[next_random() % bulk_copies.size()], bulk_copies.back());
+void end_a_copy(bool idle) {
+  size_t pick = next_random() % bulk_copies.size();
+  while (!idle && bulk_copies[pick].late) pick = (pick + 1) % bulk_copies.size();
+  std::swap(bulk_copies[pick], bulk_copies.back());
   const BulkCopy copy = bulk_copies.back();
   bulk_copies.pop_back();
   if (has_ended(copy.rank)) return note_failure("a bulk copy into the shared memory of a block that has ended");
@@ -312,8 +320,8 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barri
     const MBarrier* counter = find_barrier(rank, at);
     if (counter == nullptr) stop_here();
     if (!counter->fenced) fail("a bulk copy with an mbarrier that nobody fenced after its initialisation");
-    std::memset(place, 0xff, bytes);
-    bulk_copies.push_back({rank, to, at, bytes, global});
+    std::memset(place, kPoisonByte, bytes);
+    bulk_copies.push_back({next_random() % 2 == 0, rank, to, at, bytes, global});
   }
 }
 
@@ -342,7 +350,10 @@ void wgmma_wait(int newest_groups_left) {
   const int thread = current->linear % kWarpgroup;
   for (auto& [number, x] : warpgroup.accumulators) {
     if (x.last_group >= state.complete || x.registers[thread] == nullptr) continue;
-    std::copy_n(&x.values[static_cast<size_t>(thread) * 4 * x.tiles], 4 * x.tiles, x.registers[thread]);
+    float* registers = x.registers[thread];
+    if (!std::all_of(registers, registers + 4 * x.tiles, [](float value) { return value == kPoison; }))
+      fail("accumulators of wgmma that were written while it was under way");
+    std::copy_n(&x.values[static_cast<size_t>(thread) * 4 * x.tiles], 4 * x.tiles, registers);
     x.registers[thread] = nullptr;
   }
 }

@@ -1,9 +1,9 @@
 // What goes on beside the threads on a Hopper: barriers in shared memory that count arrivals and bytes (mbarrier), bulk
 // copies (cp.async.bulk) that end at some later time, and the matrix products of warpgroups (wgmma).
 //
-// A bulk copy poisons its target until it ends, at a moment drawn at random. A product poisons its accumulators until
-// they are waited for; its operand in shared memory is read at the earliest or at the latest moment, whichever the dice
-// say: what is not yet there, or no longer, gives wrong results.
+// A bulk copy poisons its target until it ends, soon or when nothing else can go on. A product poisons its accumulators
+// until they are waited for; its operand in shared memory is read at the earliest or at the latest moment, whichever
+// the dice say: what is not yet there, or no longer, gives wrong results.
 #pragma once
 
 #include "emulator.h"
@@ -13,10 +13,10 @@ namespace kimi::emulator {
 // ---- For the scheduler
 namespace asynchronous {
 
-void reset();      // before a cluster
-void at_return();  // of a thread
-bool has_copies();
-void end_a_copy();  // of those under way one at random
+void reset();                // before a cluster
+void at_return();            // of a thread
+bool has_copies(bool idle);  // idle: no thread can go on; only then some copies end
+void end_a_copy(bool idle);  // of those one at random
 
 }  // namespace asynchronous
 

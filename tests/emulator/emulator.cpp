@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 
+#include <array>
 #include <numeric>
 #include <set>
 #include <string>
@@ -50,6 +51,7 @@ Thread* current = nullptr;
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
+constexpr int kWarp = 32;
 constexpr int kMaxThreads = 2048, kMaxBarriers = 16, kMaxCluster = 8;  // threads of a cluster of blocks
 
 struct Copy {
@@ -217,6 +219,7 @@ void start(int index) {
 // The block `at` becomes the next one of the cluster.
 void add_block(dim3 grid, dim3 size, uint3 at, size_t shared_bytes) {
   const int threads = static_cast<int>(size.x * size.y * size.z), rank = cluster.size / threads;
+  cluster.block_size = threads;
   Block& block = cluster.blocks[rank];
   block.index = at;
   block.alive = threads;
@@ -249,16 +252,29 @@ void add_block(dim3 grid, dim3 size, uint3 at, size_t shared_bytes) {
   cluster.alive += threads;
 }
 
+// Which of the ready threads is next, drawn at random. One warp, or a warpgroup or a block, is held back for a while:
+// no thread may rely on others being equally fast.
+size_t pick_ready() {
+  static int held_back = 0, held_size = kWarp;
+  if (next_random() % 512 == 0) {
+    held_size = std::array{kWarp, 128, cluster.block_size}[next_random() % 3];
+    held_back = static_cast<int>(next_random() % ((cluster.size + held_size - 1) / held_size));
+  }
+  size_t pick = next_random() % cluster.ready.size();
+  for (int i = 0; i < 16 && cluster.ready[pick] / held_size == held_back; ++i) pick = (pick + 1) % cluster.ready.size();
+  return pick;
+}
+
 void run_cluster(int blocks) {
   const Block* where = &cluster.blocks[0];  // the first block unless it is known better
   while (cluster.failure.empty()) {
-    // Copies end at some time, when nothing else is left to do at the latest.
-    if (asynchronous::has_copies() && (cluster.ready.empty() || next_random() % 64 == 0)) {
-      asynchronous::end_a_copy();
+    const bool idle = cluster.ready.empty();
+    if ((idle || next_random() % 64 == 0) && asynchronous::has_copies(idle)) {
+      asynchronous::end_a_copy(idle);
       continue;
     }
-    if (cluster.ready.empty()) break;
-    const size_t pick = next_random() % cluster.ready.size();
+    if (idle) break;
+    const size_t pick = pick_ready();
     cluster.running = cluster.ready[pick];
     cluster.ready[pick] = cluster.ready.back();
     cluster.ready.pop_back();
