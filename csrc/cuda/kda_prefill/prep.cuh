@@ -47,101 +47,52 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
   task.qk_head =
       p.num_value_heads == p.num_heads ? task.head : task.head / static_cast<int>(p.num_value_heads / p.num_heads);
 
-  // Phase 1: inputs, gates, norms.
+  // Phase 1: inputs and gates.
+  auto& image = image_of<Image>(segment, chunk, task.head, num_heads);
   PrepInputs<T, K, V> inputs;
   inputs.load(p, task, segment.wide_inputs, shared);
-  group_gates(p, task, inputs.gates, shared);
-  const int token_in_chunk = kGroup * at.group + at.g;
-  float beta = p.use_beta_sigmoid ? sigmoid(inputs.beta) : inputs.beta, q_scale = 1.0f, k_scale = 1.0f;
-  bool exact = false;  // numbers that fp16 operands may not hold, or a recurrence that grows
+  const auto halves = group_gates(p, task, inputs.gates, shared);
+  __syncthreads();
+
+  // Phase 2: what depends on a token alone, and the sums of the gates over the chunk.
+  add_groups(shared, image);
   cp_async_wait<0>();
   __syncwarp();
-  uint4 q_row[K / 32], k_row[K / 32];
-#pragma unroll
-  for (int j = 0; j < K / 32; ++j) {
-    q_row[j] = shared.q_then_k_start[at.group][j][at.lane];
-    k_row[j] = shared.k[at.group][j][at.lane];
-  }
-  if (p.use_qk_l2norm) {
-    q_scale = inverse_norm<T>(q_row);
-    k_scale = inverse_norm<T>(k_row);
-    if (!p.use_beta_sigmoid) exact = beta < 0.0f || beta > 2.2f;
-  } else {
-    const float q2 = row_squares<T>(q_row, 1.0f), k2 = row_squares<T>(k_row, 1.0f);
-    exact = beta < 0.0f || beta * k2 > 2.2f || k2 > 0x1p12f || q2 > 0x1p16f || (k2 > 0.0f && k2 < 0x1p-12f) ||
-            (q2 > 0.0f && q2 < 0x1p-16f);
-  }
-  if (token_in_chunk >= task.count) beta = q_scale = k_scale = 0.0f;  // nothing of such a token is left
-  float largest = 0.0f;
-#pragma unroll
-  for (int m = 0; m < V / 16; ++m) {
-    const uint2 words = value_words(shared, m);
-    const float2 a = unpack2<T>(words.x), b = unpack2<T>(words.y);
-    largest = fmaxf(fmaxf(fmaxf(largest, fabsf(a.x)), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y)));
-  }
-  largest = warp_max<4>(largest);
-  float smallest = largest > 0.0f ? -largest : -INFINITY;
-  largest = warp_max(largest);
-  smallest = -warp_max(smallest);
-  if (at.lane == 0) {
-    shared.largest_value[at.group] = largest;
-    shared.smallest_value[at.group] = smallest;
-  }
-  if (at.t == 0) {
-    shared.beta[token_in_chunk] = beta;
-    shared.scales[token_in_chunk] = make_float2(q_scale, k_scale);
-  }
-  exact = __syncthreads_or(exact);
-
-  // Phase 2: factors of the groups within the chunk; the unit of the values.
-  auto& image = image_of<Image>(segment, chunk, task.head, num_heads);
-  chunk_factors(shared, image);
-#pragma unroll
-  for (int m = 0; m < kGroups; ++m) {
-    largest = fmaxf(largest, shared.largest_value[m]);
-    smallest = fminf(smallest, shared.smallest_value[m]);
-  }
-  int exponent = exponent_of(largest);
-  exponent = largest == 0.0f || (exponent >= -8 && exponent < 9) || exponent > 127 ? 0 : max(exponent - 4, -100);
-  if (threadIdx.x == 0) {
-    shared.exponent = exponent;
-    shared.image = &image;
-    // In units for very large values, a token of ordinary ones would drown, and the large ones may soon be forgotten.
-    image.store_header(exponent, exact || (exponent > 0 && exponent_of(smallest) < exponent - 12));
-  }
-  __syncthreads();
+  const TokenScales scales = token_scales<T>(p, task, inputs.beta, shared);
+  transpose_values<T>(shared);
+  const bool exact = __syncthreads_or(scales.exact);
 
   // Phase 3: operands.
+  make_factors(halves, shared);
   RowOperands<K> rows;
   float diagonal[4] = {};
-  make_operands<T>(shared, image, rows, diagonal);
-  convert_values<T>(shared, power_of_two(-shared.exponent));
+  make_operands<T>(scales, shared, image, rows, diagonal);
+  const uint32_t a_qk_diagonal = store_diagonal(scales, diagonal, shared);
   __syncthreads();
 
-  // Phase 4: A_kk, A_qk and the diagonal inverses.
-  auto& image_again = *static_cast<Image*>(shared.image);
-  make_systems(rows, diagonal, shared, image_again);
-  __syncthreads();
-
-  // Phase 5: kg in pairs of groups; w and u, 32 rows a warp.
+  // Phase 4: A_kk, A_qk and the diagonal inverses; kg in pairs of groups.
+  if (at.group * kWarp < kChunk) invert_diagonal_blocks(shared);
+  if (at.group == 2) choose_units<T>(exact, shared, image);
+  make_systems(rows, a_qk_diagonal, scales.step, shared, image);
   if constexpr (Image::kTransposedKg) {
 #pragma unroll
     for (int i = 0; i < K / 64; ++i) {
       const int s = at.group / 2, j = at.group % 2 * (K / 64) + i;
-      image_again.store_kg(s, j, at.lane, shared.groups[2 * s][j].operands.kg[at.lane],
-                           shared.groups[2 * s + 1][j].operands.kg[at.lane]);
+      image.store_kg(s, j, at.lane, shared.groups[2 * s][j].operands.kg[at.lane],
+                     shared.groups[2 * s + 1][j].operands.kg[at.lane]);
     }
   }
+  __syncthreads();
+
+  // Phase 5: w and u, 32 rows a warp.
   if (at.group >= K / 32 + V / 32) return;
   uint32_t x[kGroups][2][2];
-  substitute(shared, x);
+  substitute<T>(shared, x);
   if (at.group < K / 32) {
     const int j = at.group;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      uint4 w = movmatrix_trans(make_uint4(x[i][0][0], x[i][0][1], x[i][1][0], x[i][1][1]));
-      constexpr uint32_t kSigns = 0x80008000u;
-      image_again.store_w(i, j, at.lane, make_uint4(w.x ^ kSigns, w.y ^ kSigns, w.z ^ kSigns, w.w ^ kSigns));
+      image.store_w(i, j, at.lane, movmatrix_trans(make_uint4(x[i][0][0], x[i][0][1], x[i][1][0], x[i][1][1])));
     }
   } else {
     const int m = 2 * (at.group - K / 32);
@@ -149,9 +100,8 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
     for (int s = 0; s < kGroups / 2; ++s) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        image_again.store_u(
-            m + half, s, at.lane,
-            make_uint4(x[2 * s][half][0], x[2 * s][half][1], x[2 * s + 1][half][0], x[2 * s + 1][half][1]));
+        image.store_u(m + half, s, at.lane,
+                      make_uint4(x[2 * s][half][0], x[2 * s][half][1], x[2 * s + 1][half][0], x[2 * s + 1][half][1]));
       }
     }
   }

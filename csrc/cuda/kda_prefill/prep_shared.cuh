@@ -1,0 +1,74 @@
+// K1 of the chunked path: what a block works on, and its shared memory.
+#pragma once
+
+#include "cuda/common/activations.h"
+#include "cuda/common/reduce.h"
+#include "cuda/kda_prefill/image.cuh"
+
+namespace kimi::cuda {
+
+inline constexpr int kPrepThreads = kGroups * kWarp;
+
+// What the block works on.
+struct PrepTask {
+  int head, qk_head, count;  // tokens; fewer than kChunk at the end of a sequence
+  int64_t first_token;
+};
+
+// The place of a thread: warp = group of tokens, lane = 4 g + t.
+struct PrepLane {
+  int group, lane, g, t;
+  __device__ __forceinline__ PrepLane()
+      : group(threadIdx.x / kWarp), lane(threadIdx.x % kWarp), g(lane / 4), t(lane % 4) {}
+};
+
+// Three levels of products between groups: within pairs, within each half of the chunk, between the halves.
+template <int K, int V>
+struct PrepShared {
+  // Of each group and 32 channels.
+  union {
+    float from_mid[kGroup][32];  // G - mid, where from_mid_place() says; phase 1 to 3, each warp its own
+    struct {
+      uint4 k_end[kWarp];  // k 2^(end of the group - G), as b operands; phase 3 to 4
+      uint4 kg[kWarp];     // k 2^(end of the chunk - G), transposed; phase 3 to 4
+    } operands;
+  } groups[kGroups][K / 32];
+  // Of each group and 32 channels, each lane its own 16 bytes: q and k as they are in memory in phases 1 to 3; in the
+  // place of q then -k 2^(G - start of the chunk), transposed (rows are channels), to phase 5; in the place of k of
+  // groups 0 to 2 k_end for the products between the halves, in phase 4.
+  uint4 q_then_k_start[kGroups][K / 32][kWarp];
+  uint4 k_then_k_half[kGroups][K / 32][kWarp];
+  uint4 k_quarter[2][K / 32][kWarp];  // k_end of groups 0 and 4 for the products within a half; phase 3 to 4
+  union {  // of each group: v in 16 bytes, where value_place() says; phase 1 to 2, each warp its own
+    uint4 rows[kGroup][V / 8];
+    uint4 operands[V / 32][kWarp];  // transposed: rows are values; phase 2 to 5
+  } v[kGroups];
+  float sums[kGroups][K];  // log2 decay over the group in phase 1, from the chunk's start to the group's end in 2 to 3
+  union {
+    // Of the group, each warp its own, phase 3: 2^(mid - start), 2^(end - mid), both with the fractional part of the
+    // sums at the group's ends, and 2^(end of the chunk - mid).
+    float factors[kGroups][3][K];
+    // 2^e times -L as b operands (A_kk = beta L): row tokens as columns n, tokens of column groups 2 s, 2 s + 1 as k.
+    // Words: two of the upper and two of the lower fp16 of the split. Entry group^2 / 4 + s; phase 4 to 5.
+    uint4 a_kk[16][kWarp];
+  };
+  // Powers of two, of the group: start of the chunk to its start; between its end and that of the quarter; of the half.
+  Fp16 powers[kGroups][3][K];             // phase 3 to 4, each warp its own
+  float system[kGroups][kGroup][kGroup];  // beta L within the group, strictly lower; phase 3 to 4
+  Fp16 inverse[kGroups][kGroup][kGroup];  // of the diagonal block of I + A_kk, times beta 2^-e; phase 4 to 5
+  uint32_t step[kGroups][kWarp], value_step[kGroups][kWarp];  // the b operand diag(2^e) in fp16, in T; phase 2 to 5
+  float beta[kChunk];                                         // times 2^-e
+  float largest_value[kGroups], smallest_value[kGroups];      // of the tokens' largest |v|; smallest: zeros left out
+  int exponent;                                               // units of the values; phase 4 to 5
+};
+
+// Rows of two tokens would lie in the same banks: the odd ones are turned by 16 bytes.
+__device__ __forceinline__ int from_mid_place(int token, int channel) {
+  return channel % 32 ^ token % 2 * 4;
+}
+// Such that lanes of one quad column, and of four rows, are in banks of their own.
+__device__ __forceinline__ int value_place(int token, int piece) {
+  return piece ^ (token % 2 * 4 + (token & 2));
+}
+
+}  // namespace kimi::cuda
