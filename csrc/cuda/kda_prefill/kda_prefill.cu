@@ -133,7 +133,7 @@ template <typename T, int K>
 void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
   Segment segment;
   segment.images = p.workspace;
-  segment.wide_inputs = aligned_to(16, p.q, p.k, p.v, p.g) &&
+  segment.wide_inputs = aligned_to(16, p.q, p.k, p.v, p.g, p.dt_bias) &&
                         multiples_of(8, p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride,
                                      p.v_token_stride, p.v_head_stride, p.g_token_stride, p.g_head_stride);
   segment.wide_out = aligned_to(8, p.out) && multiples_of(4, p.out_token_stride, p.out_head_stride);

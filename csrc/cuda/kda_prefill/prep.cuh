@@ -35,51 +35,43 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
   const int num_heads = static_cast<int>(p.num_value_heads);
   // From the last chunk to the first: the second kernel finds the images it begins with in the L2 cache.
   const int chunk = segment.first + segment.count - 1 - static_cast<int>(blockIdx.y);
-  const int sequence = sequence_of_chunk(p.cu_seqlens, static_cast<int>(p.num_sequences), chunk);
-  if (sequence < 0 || p.slots[sequence] < 0) return;
   PrepTask task;
-  const int offset = (chunk - first_chunk(p.cu_seqlens, sequence)) * kChunk;
-  task.first_token = p.cu_seqlens[sequence] + offset;
-  const int left = p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence] - offset;
-  if (left <= 0) return;
-  task.count = left < kChunk ? left : kChunk;
-  task.head = static_cast<int>(blockIdx.x);
-  task.qk_head =
-      p.num_value_heads == p.num_heads ? task.head : task.head / static_cast<int>(p.num_value_heads / p.num_heads);
+  if (!task.find(p, chunk)) return;
 
   // Phase 1: inputs and gates.
   auto& image = image_of<Image>(segment, chunk, task.head, num_heads);
   PrepInputs<T, K, V> inputs;
-  inputs.load(p, task, segment.wide_inputs, shared);
-  const auto halves = group_gates(p, task, inputs.gates, shared);
+  inputs.load(p, task, segment.wide_inputs);
+  const auto halves = group_gates(p, task, inputs, shared);
   __syncthreads();
 
   // Phase 2: what depends on a token alone, and the sums of the gates over the chunk.
   add_groups(shared, image);
-  cp_async_wait<0>();
-  __syncwarp();
-  const TokenScales scales = token_scales<T>(p, task, inputs.beta, shared);
-  transpose_values<T>(shared);
+  const TokenScales scales = token_scales(p, task, inputs, shared);
+  transpose_values<T>(inputs.v, shared);
   const bool exact = __syncthreads_or(scales.exact);
 
   // Phase 3: operands.
   make_factors(halves, shared);
   RowOperands<K> rows;
   float diagonal[4] = {};
-  make_operands<T>(scales, shared, image, rows, diagonal);
+  make_operands(inputs, scales, shared, image, rows, diagonal);
+  scale_columns(shared);
   const uint32_t a_qk_diagonal = store_diagonal(scales, diagonal, shared);
   __syncthreads();
 
-  // Phase 4: A_kk, A_qk and the diagonal inverses; kg in pairs of groups.
+  // Phase 4: A_kk, A_qk and the diagonal inverses; kg in pairs of groups. The later groups have the more products, the
+  // warps of the earlier ones the rest of the work.
+  make_systems(rows, a_qk_diagonal, scales.step, shared, image);
   if (at.group * kWarp < kChunk) invert_diagonal_blocks(shared);
   if (at.group == 2) choose_units<T>(exact, shared, image);
-  make_systems(rows, a_qk_diagonal, scales.step, shared, image);
   if constexpr (Image::kTransposedKg) {
+    if (at.group < kGroups / 2) {
+      const int s = at.group;
 #pragma unroll
-    for (int i = 0; i < K / 64; ++i) {
-      const int s = at.group / 2, j = at.group % 2 * (K / 64) + i;
-      image.store_kg(s, j, at.lane, shared.groups[2 * s][j].operands.kg[at.lane],
-                     shared.groups[2 * s + 1][j].operands.kg[at.lane]);
+      for (int j = 0; j < K / 32; ++j)
+        image.store_kg(s, j, at.lane, shared.groups[2 * s][j].operands.kg[at.lane],
+                       shared.groups[2 * s + 1][j].operands.kg[at.lane]);
     }
   }
   __syncthreads();

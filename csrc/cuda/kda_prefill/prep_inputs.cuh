@@ -12,9 +12,9 @@ inline constexpr float kSumFloor =
 // From raw gates (g + dt_bias) log2(e), or g log2(e) for ready log-decays, to the log2 of the decays. The form of the
 // gate is decided once for all elements: a branch for each would keep them from overlapping.
 template <int N, int M>
-__device__ __forceinline__ void log2_decays(const KdaPrefillParams& p, int head, float (&x)[N][M]) {
+__device__ __forceinline__ void log2_decays(const KdaPrefillParams& p, float log_rate, float (&x)[N][M]) {
   if (p.gate == KdaGate::kLogDecay) return;
-  float rate = p.A_log ? expf(p.A_log[head]) : 1.0f;
+  float rate = expf(log_rate);
   if (rate < 1e-38f) rate = 1e-38f;  // so that the products below are never 0 * infinity
   if (rate > 2e38f) rate = 2e38f;
   if (p.gate == KdaGate::kBounded) {
@@ -45,76 +45,94 @@ __device__ __forceinline__ void log2_decays(const KdaPrefillParams& p, int head,
 // N elements, in one access if they lie for it.
 template <bool kWide, typename T, int N>
 __device__ __forceinline__ Vec<T, N> load_elements(const T* from) {
-  if constexpr (kWide) return load_vec<T, N>(from);
-  Vec<T, N> v;
+  if constexpr (kWide) {  // as words, which stay together
+    constexpr int kWords = N * static_cast<int>(sizeof(T)) / 4;
+    return bits_as<Vec<T, N>>(load_vec<uint32_t, kWords>(reinterpret_cast<const uint32_t*>(from)));
+  } else {
+    Vec<T, N> v;
 #pragma unroll
-  for (int i = 0; i < N; ++i) v.x[i] = from[i];
-  return v;
+    for (int i = 0; i < N; ++i) v.x[i] = from[i];
+    return v;
+  }
 }
 
-// What a thread loads: of all tokens of the group the raw gates of channels K / 32 * lane on, times log2(e); q, k and v
-// go to shared memory, of its token 16 bytes here and there.
+// What a thread loads: of all tokens of the group the raw gates of channels K / 32 * lane on, times log2(e); of its own
+// token q and k of channels 32 j + 8 t .. + 7 and v of channels 16 m + 4 t .. + 3. (By way of shared memory it would be
+// fewer registers, but shared memory is as busy as anything here.)
 template <typename T, int K, int V>
 struct PrepInputs {
+  uint4 q[K / 32], k[K / 32];
+  uint2 v[V / 16];
   float gates[kGroup][K / kWarp];
+  float log_rate;
   float beta;
 
-  // Without a branch between the loads, so that all are under way at once: rows past the end are those of the chunk's
-  // first token, and made harmless later.
+  // Without a branch between the loads, so that all are under way at once: rows past the end are another token's, and
+  // made harmless later.
   template <bool kWide, typename G>
-  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, PrepShared<K, V>& shared) {
+  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task) {
     constexpr int kChannels = K / kWarp;
     const PrepLane at;
     const int row = kGroup * at.group + at.g;
-    const int64_t token = task.first_token + (row < task.count ? row : 0);
-    const T* from_q = static_cast<const T*>(p.q) + token * p.q_token_stride + task.qk_head * p.q_head_stride;
-    const T* from_k = static_cast<const T*>(p.k) + token * p.k_token_stride + task.qk_head * p.k_head_stride;
-    const T* from_v = static_cast<const T*>(p.v) + token * p.v_token_stride + task.head * p.v_head_stride;
-    const int left = task.count - kGroup * at.group;
-    const G* const first_g = static_cast<const G*>(p.g) + task.head * p.g_head_stride + kChannels * at.lane +
-                             (task.first_token + (left > 0 ? kGroup * at.group : 0)) * p.g_token_stride;
-    const G* from_g = first_g;
-    Vec<G, kChannels> raw[kGroup];
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i, from_g += p.g_token_stride)
-      raw[i] = load_elements<kWide, G, kChannels>(i < left ? from_g : first_g);
-    const auto copy = [](uint4* to, const T* from) {
-      if constexpr (kWide)
-        cp_async_16(to, from);
-      else
-        *to = bits_as<uint4>(load_elements<false, T, 8>(from));
-    };
+    const uint64_t token = task.first_token + static_cast<unsigned>(row < task.count ? row : 0);
+    const T* from_q = static_cast<const T*>(p.q) + token * p.q_token_stride + task.qk_head * p.q_head_stride + 8 * at.t;
+    const T* from_k = static_cast<const T*>(p.k) + token * p.k_token_stride + task.qk_head * p.k_head_stride + 8 * at.t;
+    const T* from_v = static_cast<const T*>(p.v) + token * p.v_token_stride + task.head * p.v_head_stride + 4 * at.t;
 #pragma unroll
     for (int j = 0; j < K / 32; ++j) {
-      copy(&shared.k_then_k_half[at.group][j][at.lane], from_k + 32 * j + 8 * at.t);
-      copy(&shared.q_then_k_start[at.group][j][at.lane], from_q + 32 * j + 8 * at.t);
+      q[j] = bits_as<uint4>(load_elements<kWide, T, 8>(from_q + 32 * j));
+      k[j] = bits_as<uint4>(load_elements<kWide, T, 8>(from_k + 32 * j));
     }
 #pragma unroll
-    for (int i = 0; i < V / 32; ++i)
-      copy(&shared.v[at.group].rows[at.g][value_place(at.g, 4 * i + at.t)], from_v + 32 * i + 8 * at.t);
-    cp_async_commit();
+    for (int m = 0; m < V / 16; ++m) v[m] = bits_as<uint2>(load_elements<kWide, T, 4>(from_v + 16 * m));
     const int64_t beta_at = token * p.beta_token_stride + task.head * p.beta_head_stride;
     beta = p.beta_dtype == DType::kF32 ? static_cast<const float*>(p.beta)[beta_at]
                                        : to_float(static_cast<const T*>(p.beta)[beta_at]);
+    log_rate = p.A_log ? p.A_log[task.head] : 0.0f;
     float bias[kChannels] = {};
     if (p.dt_bias && p.gate != KdaGate::kLogDecay) {
+      const auto raw_bias = load_elements<kWide, float, kChannels>(p.dt_bias + task.head * K + kChannels * at.lane);
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) bias[c] = p.dt_bias[task.head * K + kChannels * at.lane + c] * kLog2e;
+      for (int c = 0; c < kChannels; ++c) bias[c] = raw_bias.x[c] * kLog2e;
+    }
+    const int left = task.count - kGroup * at.group;
+    const uint64_t first_of_group = task.first_token + static_cast<unsigned>(left > 0 ? kGroup * at.group : 0);
+    const G* from_g = static_cast<const G*>(p.g) + task.head * p.g_head_stride + kChannels * at.lane +
+                      first_of_group * p.g_token_stride;
+    // As words: elements would be taken apart, and waited for, in the branch.
+    using Words = Vec<uint32_t, kChannels * sizeof(G) / 4>;
+    Words raw[kGroup];
+    if (left >= kGroup) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i, from_g += p.g_token_stride)
+        raw[i] = bits_as<Words>(load_elements<kWide, G, kChannels>(from_g));
+    } else {
+      const int last = max(left - 1, 0);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i)
+        raw[i] = bits_as<Words>(load_elements<kWide, G, kChannels>(from_g + min(i, last) * p.g_token_stride));
     }
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) gates[i][c] = fmaf(to_float(raw[i].x[c]), kLog2e, bias[c]);
+      for (int c = 0; c < kChannels; c += 2) {
+        float2 pair;
+        if constexpr (sizeof(G) == 2)
+          pair = unpack2<G>(raw[i].x[c / 2]);
+        else
+          pair = make_float2(__uint_as_float(raw[i].x[c]), __uint_as_float(raw[i].x[c + 1]));
+        gates[i][c] = fmaf(pair.x, kLog2e, bias[c]);
+        gates[i][c + 1] = fmaf(pair.y, kLog2e, bias[c + 1]);
+      }
     }
   }
 
-  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, bool wide,
-                                       PrepShared<K, V>& shared) {
+  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, bool wide) {
     const bool wide_gates = p.g_dtype == DType::kF32;
     if (wide)
-      wide_gates ? load<true, float>(p, task, shared) : load<true, T>(p, task, shared);
+      wide_gates ? load<true, float>(p, task) : load<true, T>(p, task);
     else
-      wide_gates ? load<false, float>(p, task, shared) : load<false, T>(p, task, shared);
+      wide_gates ? load<false, float>(p, task) : load<false, T>(p, task);
   }
 };
 
@@ -125,14 +143,14 @@ struct GroupHalves {
 };
 
 // Phase 1b. Sums of the gates over the group: leaves G - mid, and the sum for the others to add.
-template <int K, int V>
+template <typename T, int K, int V>
 __device__ __forceinline__ GroupHalves<K / kWarp> group_gates(const KdaPrefillParams& p, const PrepTask& task,
-                                                              float (&log2_decay)[kGroup][K / kWarp],
-                                                              PrepShared<K, V>& shared) {
+                                                              PrepInputs<T, K, V>& inputs, PrepShared<K, V>& shared) {
   constexpr int kChannels = K / kWarp, kMid = kGroup / 2 - 1;
   const PrepLane at;
   const int channel = kChannels * at.lane, left = task.count - kGroup * at.group;
-  log2_decays(p, task.head, log2_decay);
+  auto& log2_decay = inputs.gates;
+  log2_decays(p, inputs.log_rate, log2_decay);
   if (left < kGroup) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
@@ -194,21 +212,22 @@ __device__ __forceinline__ float scaled_row_squares(const uint4 (&row)[J]) {
   return warp_sum<4>(sum[0] + sum[1]);
 }
 
-// Sums of the squares of the rows of q and k of the lane's token: the diagonals of k k^T and q q^T.
+// Sum of the squares of the lane's token's row: the diagonal of x x^T.
 template <typename T, int J>
-__device__ __forceinline__ void row_squares(const uint4 (&q)[J], const uint4 (&k)[J], float& q2, float& k2) {
+__device__ __forceinline__ float row_squares(const uint4 (&x)[J]) {
   const PrepLane at;
-  float of_k[4] = {}, of_q[4] = {};  // rows 0..7 are k, 8..15 q
+  // Two words of a lane are rows g and g + 8, of different channels: the product with either has one half of use. (To
+  // take the same words of q and k together would need moves between registers.)
+  float first[4] = {}, second[4] = {};
 #pragma unroll
   for (int j = 0; j < J; ++j) {
-    mma_m16n8k16<T>(of_k, {k[j].x, q[j].x, k[j].y, q[j].y}, {k[j].x, k[j].y});
-    mma_m16n8k16<T>(of_q, {k[j].x, q[j].x, k[j].y, q[j].y}, {q[j].x, q[j].y});
-    mma_m16n8k16<T>(of_k, {k[j].z, q[j].z, k[j].w, q[j].w}, {k[j].z, k[j].w});
-    mma_m16n8k16<T>(of_q, {k[j].z, q[j].z, k[j].w, q[j].w}, {q[j].z, q[j].w});
+    mma_m16n8k8<T>(first, {x[j].x, x[j].y}, x[j].x);
+    mma_m16n8k8<T>(second, {x[j].x, x[j].y}, x[j].y);
+    mma_m16n8k8<T>(first, {x[j].z, x[j].w}, x[j].z);
+    mma_m16n8k8<T>(second, {x[j].z, x[j].w}, x[j].w);
   }
-  const int lane = 4 * at.g + at.g / 2;  // that holds the diagonal's element of row g
-  k2 = __shfl_sync(kFullWarp, at.g % 2 == 0 ? of_k[0] : of_k[1], lane);
-  q2 = __shfl_sync(kFullWarp, at.g % 2 == 0 ? of_q[2] : of_q[3], lane);
+  const float diagonal = (at.g % 2 == 0 ? first[0] : first[1]) + (at.g % 2 == 0 ? second[2] : second[3]);
+  return __shfl_sync(kFullWarp, diagonal, 4 * at.g + at.g / 2);  // from the lane that holds row g, column g
 }
 
 // 1 / sqrt(sum x^2 + 1e-6) of a token's row, also where the squares overflow.
@@ -232,18 +251,12 @@ struct TokenScales {
 
 // Phase 2a.
 template <typename T, int K, int V>
-__device__ __forceinline__ TokenScales token_scales(const KdaPrefillParams& p, const PrepTask& task, float beta,
-                                                    PrepShared<K, V>& shared) {
+__device__ __forceinline__ TokenScales token_scales(const KdaPrefillParams& p, const PrepTask& task,
+                                                    const PrepInputs<T, K, V>& inputs, PrepShared<K, V>& shared) {
   const PrepLane at;
-  TokenScales scales{1.0f, 1.0f, p.use_beta_sigmoid ? sigmoid(beta) : beta, 1.0f, false};
-  uint4 q[K / 32], k[K / 32];
-#pragma unroll
-  for (int j = 0; j < K / 32; ++j) {
-    q[j] = shared.q_then_k_start[at.group][j][at.lane];
-    k[j] = shared.k_then_k_half[at.group][j][at.lane];
-  }
-  float q2, k2;
-  row_squares<T>(q, k, q2, k2);
+  TokenScales scales{1.0f, 1.0f, p.use_beta_sigmoid ? sigmoid(inputs.beta) : inputs.beta, 1.0f, false};
+  const auto &q = inputs.q, &k = inputs.k;
+  const float q2 = row_squares<T>(q), k2 = row_squares<T>(k);
   if (p.use_qk_l2norm) {
     scales.q = inverse_norm<T>(q, q2);
     scales.k = inverse_norm<T>(k, k2);
@@ -280,26 +293,20 @@ __device__ __forceinline__ uint4 movmatrix_trans(uint4 x) {
   return make_uint4(movmatrix_trans(x.x), movmatrix_trans(x.y), movmatrix_trans(x.z), movmatrix_trans(x.w));
 }
 
-// Phase 2b. The group's values transposed, in their place; and the largest and smallest of the tokens' largest.
+// Phase 2b. The group's values transposed; and the largest and smallest of the tokens' largest.
 template <typename T, int K, int V>
-__device__ __forceinline__ void transpose_values(PrepShared<K, V>& shared) {
+__device__ __forceinline__ void transpose_values(const uint2 (&row)[V / 16], PrepShared<K, V>& shared) {
   using Pair = typename Packed<T>::Type;
   const PrepLane at;
-  auto& v = shared.v[at.group];
-  uint2 row[V / 16];  // values 16 m + 4 t .. + 3 of the lane's token
-#pragma unroll
-  for (int m = 0; m < V / 16; ++m)
-    row[m] = reinterpret_cast<const uint2*>(v.rows[at.g])[2 * value_place(at.g, 2 * m + at.t / 2) + at.t % 2];
   Pair most = __habs2(bits_as<Pair>(row[0].x));
 #pragma unroll
   for (int m = 0; m < V / 16; ++m) {
     most = __hmax2(most, __habs2(bits_as<Pair>(row[m].x)));
     most = __hmax2(most, __habs2(bits_as<Pair>(row[m].y)));
   }
-  __syncwarp();
 #pragma unroll
   for (int i = 0; i < V / 32; ++i)
-    v.operands[i][at.lane] =
+    shared.v[at.group][i][at.lane] =
         movmatrix_trans(make_uint4(row[2 * i].x, row[2 * i].y, row[2 * i + 1].x, row[2 * i + 1].y));
   const float2 pair = unpack2<T>(bits_as<uint32_t>(most));
   // As whole numbers, whose order is that of the magnitudes.

@@ -11,8 +11,24 @@ inline constexpr int kPrepThreads = kGroups * kWarp;
 
 // What the block works on.
 struct PrepTask {
-  int head, qk_head, count;  // tokens; fewer than kChunk at the end of a sequence
-  int64_t first_token;
+  unsigned head, qk_head, first_token;
+  int count;  // tokens; fewer than kChunk at the end of a sequence
+
+  // False if there is nothing to do. Every load waits for the one before, so there are few.
+  __device__ __forceinline__ bool find(const KdaPrefillParams& p, int chunk) {
+    const int num_sequences = static_cast<int>(p.num_sequences);
+    const int sequence = num_sequences == 1 ? 0 : sequence_of_chunk(p.cu_seqlens, num_sequences, chunk);
+    if (sequence < 0) return false;
+    const int begin = p.cu_seqlens[sequence], end = p.cu_seqlens[sequence + 1], slot = p.slots[sequence];
+    const int offset = (chunk - first_chunk(p.cu_seqlens, sequence)) * kChunk;
+    if (slot < 0 || offset < 0 || offset >= end - begin) return false;
+    first_token = static_cast<unsigned>(begin + offset);
+    count = min(end - begin - offset, kChunk);
+    head = qk_head = blockIdx.x;
+    if (p.num_value_heads != p.num_heads)
+      qk_head /= static_cast<unsigned>(p.num_value_heads) / static_cast<unsigned>(p.num_heads);
+    return true;
+  }
 };
 
 // The place of a thread: warp = group of tokens, lane = 4 g + t.
@@ -33,16 +49,13 @@ struct PrepShared {
       uint4 kg[kWarp];     // k 2^(end of the chunk - G), transposed; phase 3 to 4
     } operands;
   } groups[kGroups][K / 32];
-  // Of each group and 32 channels, each lane its own 16 bytes: q and k as they are in memory in phases 1 to 3; in the
-  // place of q then -k 2^(G - start of the chunk), transposed (rows are channels), to phase 5; in the place of k of
-  // groups 0 to 2 k_end for the products between the halves, in phase 4.
-  uint4 q_then_k_start[kGroups][K / 32][kWarp];
-  uint4 k_then_k_half[kGroups][K / 32][kWarp];
-  uint4 k_quarter[2][K / 32][kWarp];  // k_end of groups 0 and 4 for the products within a half; phase 3 to 4
-  union {  // of each group: v in 16 bytes, where value_place() says; phase 1 to 2, each warp its own
-    uint4 rows[kGroup][V / 8];
-    uint4 operands[V / 32][kWarp];  // transposed: rows are values; phase 2 to 5
-  } v[kGroups];
+  // Of each group and 32 channels -k 2^(G - start of the chunk), transposed: rows are channels; phase 3 to 5.
+  uint4 k_start[kGroups][K / 32][kWarp];
+  // k_end for products over more than its pair of groups: of groups 0 and 4 within a half of the chunk; of 0 to 2
+  // between the halves; phase 3 to 4.
+  uint4 k_quarter[2][K / 32][kWarp];
+  uint4 k_half[3][K / 32][kWarp];
+  uint4 v[kGroups][V / 32][kWarp];  // values as they are in memory, transposed: rows are values; phase 2 to 5
   float sums[kGroups][K];  // log2 decay over the group in phase 1, from the chunk's start to the group's end in 2 to 3
   union {
     // Of the group, each warp its own, phase 3: 2^(mid - start), 2^(end - mid), both with the fractional part of the
@@ -66,9 +79,4 @@ struct PrepShared {
 __device__ __forceinline__ int from_mid_place(int token, int channel) {
   return channel % 32 ^ token % 2 * 4;
 }
-// Such that lanes of one quad column, and of four rows, are in banks of their own.
-__device__ __forceinline__ int value_place(int token, int piece) {
-  return piece ^ (token % 2 * 4 + (token & 2));
-}
-
 }  // namespace kimi::cuda

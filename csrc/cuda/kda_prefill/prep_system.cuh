@@ -20,70 +20,75 @@ __device__ __forceinline__ void scale_rows(RowOperands<K>& rows, const Fp16* pow
   }
 }
 
-// A tile of 8 x 8 of both matrices, in fp16 pairs: row g, columns 2t and 2t + 1.
-struct Tile {
-  uint32_t a_kk, a_kk_rest, a_qk;  // 2^e times -L is a_kk + a_kk_rest
-};
-
-// Phase 4a. Rows of this warp's group times k of an earlier one: `columns` are words of the lane, one every `step`.
-template <int K>
-__device__ __forceinline__ Tile group_product(const RowOperands<K>& rows, const uint4* columns, int step,
-                                              float row_factor) {
-  float even[4] = {}, odd[4] = {};  // two chains: an mma takes several times longer to finish than to start
+// Phase 4a. Tiles of 8 x 8 of both matrices, of the rows of this warp's group and the columns of one or two earlier
+// ones: columns[i] are words of the lane, one every step[i]. Leaves 2^e times -L where substitute() reads it, in fp16
+// pairs of row g, columns 2t and 2t + 1; and gives those of A_qk.
+template <int K, int kTiles>
+__device__ __forceinline__ void group_products(const RowOperands<K>& rows, const uint4* const (&columns)[kTiles],
+                                               const int (&step)[kTiles], float row_factor, uint4& a_kk,
+                                               uint32_t (&a_qk)[kTiles]) {
+  float part[kTiles][2][4] = {};  // several chains: an mma takes several times longer to finish than to start
 #pragma unroll
   for (int j = 0; j < K / 32; ++j) {
-    const uint4 b = columns[j * step];
-    mma_m16n8k16<Fp16>(even, rows.a[2 * j], {b.x, b.y});
-    mma_m16n8k16<Fp16>(odd, rows.a[2 * j + 1], {b.z, b.w});
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const uint4 b = columns[i][j * step[i]];
+      mma_m16n8k16<Fp16>(part[i][0], rows.a[2 * j], {b.x, b.y});
+      mma_m16n8k16<Fp16>(part[i][1], rows.a[2 * j + 1], {b.z, b.w});
+    }
   }
-  const float x = (even[0] + odd[0]) * row_factor, y = (even[1] + odd[1]) * row_factor;
-  Tile tile;
-  tile.a_kk = pack2<Fp16>(x, y);
-  const float2 rounded = unpack2<Fp16>(tile.a_kk);
-  tile.a_kk_rest = pack2<Fp16>(x - rounded.x, y - rounded.y);
-  tile.a_qk = pack2<Fp16>(even[2] + odd[2], even[3] + odd[3]);
-  return tile;
+  uint32_t upper[2] = {}, lower[2] = {};
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const float x = (part[i][0][0] + part[i][1][0]) * row_factor, y = (part[i][0][1] + part[i][1][1]) * row_factor;
+    upper[i] = pack2<Fp16>(x, y);
+    const float2 rounded = unpack2<Fp16>(upper[i]);
+    lower[i] = pack2<Fp16>(x - rounded.x, y - rounded.y);
+    a_qk[i] = pack2<Fp16>(part[i][0][2] + part[i][1][2], part[i][0][3] + part[i][1][3]);
+  }
+  a_kk = make_uint4(upper[0], upper[1], lower[0], lower[1]);
 }
 
-// Phase 4. This group's rows of A_kk and A_qk, level by level, so that all but the first need no factors between
-// groups.
+// Phase 4. This group's rows of A_kk and A_qk, level by level, so that hardly a product needs factors between groups.
 template <int K, int V, typename Image>
 __device__ __forceinline__ void make_systems(RowOperands<K>& rows, uint32_t a_qk_diagonal, float step,
                                              PrepShared<K, V>& shared, Image& image) {
   const PrepLane at;
   constexpr int kStep = sizeof(shared.groups[0][0]) / 16;
-  const int m = at.group, half = m / 4 * 4;
+  const int m = at.group, first = m / 4 * 4, in_half = m % 4;
   const auto k_end = [&](int group) { return &shared.groups[group][0].operands.k_end[at.lane]; };
-  uint32_t a_qk[kGroups] = {};  // of column groups
-  const auto place = [&](int group, const Tile& tile) {
-    auto* words = reinterpret_cast<uint32_t*>(&shared.a_kk[m * m / 4 + group / 2][at.lane]);
-    words[group % 2] = tile.a_kk;
-    words[2 + group % 2] = tile.a_kk_rest;
+  uint4* const a_kk = &shared.a_kk[m * m / 4][at.lane];  // of column groups 0 and 1
+  uint32_t near[4] = {}, far[4] = {};                    // A_qk: column groups of this half of the chunk, of the first
+  if (m % 2 == 1) {                                      // with the other one of the pair
+    uint32_t tile[1];
+    group_products<K, 1>(rows, {k_end(m - 1)}, {kStep}, step, a_kk[m / 2 * kWarp], tile);
+    near[0] = near[2] = tile[0];
+  }
+  if (in_half >= 2) {  // with the pair before, in the same half
+    if (in_half == 3) scale_rows<K>(rows, shared.powers[m][kWithinHalf]);
+    uint32_t tiles[2];
+    group_products<K, 2>(rows, {&shared.k_quarter[m / 4][0][at.lane], k_end(first + 1)}, {kWarp, kStep}, step,
+                         a_kk[first / 2 * kWarp], tiles);
+    near[0] = tiles[0];
+    near[1] = tiles[1];
+  }
+  near[0] = in_half == 0 ? a_qk_diagonal : near[0];
+  near[1] = in_half == 1 ? a_qk_diagonal : near[1];
+  near[2] = in_half == 2 ? a_qk_diagonal : in_half == 3 ? near[2] : 0;
+  near[3] = in_half == 3 ? a_qk_diagonal : 0;
+  if (m < 4) return image.store_a_qk(m, at.lane, {near[0], near[1], near[2], near[3], 0, 0, 0, 0});
+  // With the first half.
+  if (m > 4) scale_rows<K>(rows, shared.powers[m][kBetweenHalves]);
+  const auto k_half = [&](int group) { return &shared.k_half[group][0][at.lane]; };
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      if (i == group) a_qk[i] = tile.a_qk;
-    }
-  };
-  if (m % 2 == 1) {  // with the other one of the pair
-    place(m - 1, group_product<K>(rows, k_end(m - 1), kStep, step));
+  for (int i = 0; i < 4; i += 2) {
+    uint32_t tiles[2];
+    group_products<K, 2>(rows, {k_half(i), i == 0 ? k_half(1) : k_end(3)}, {kWarp, i == 0 ? kWarp : kStep}, step,
+                         a_kk[i / 2 * kWarp], tiles);
+    far[i] = tiles[0];
+    far[i + 1] = tiles[1];
   }
-  if (m % 4 >= 2) {  // with the pair before, in the same half
-    if (m % 4 == 3) scale_rows<K>(rows, shared.powers[m][kWithinHalf]);
-    place(half, group_product<K>(rows, &shared.k_quarter[m / 4][0][at.lane], kWarp, step));
-    place(half + 1, group_product<K>(rows, k_end(half + 1), kStep, step));
-  }
-  if (m >= 4) {  // with the first half
-    if (m > 4) scale_rows<K>(rows, shared.powers[m][kBetweenHalves]);
-#pragma unroll
-    for (int group = 0; group < 3; ++group)
-      place(group, group_product<K>(rows, &shared.k_then_k_half[group][0][at.lane], kWarp, step));
-    place(3, group_product<K>(rows, k_end(3), kStep, step));
-  }
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    if (i == m) a_qk[i] = a_qk_diagonal;
-  }
-  image.store_a_qk(m, at.lane, a_qk);
+  image.store_a_qk(m, at.lane, {far[0], far[1], far[2], far[3], near[0], near[1], near[2], near[3]});
 }
 
 // Phase 4b. Inverses T of the diagonal blocks of I + A_kk, four a warp, a column a lane; times beta 2^-e.
@@ -142,10 +147,10 @@ __device__ __forceinline__ void substitute(const PrepShared<K, V>& shared, uint3
     }
   };
   if (at.group < K / 32) {
-    load_rows.template operator()<Fp16>(&shared.q_then_k_start[0][at.group][at.lane],
-                                        sizeof(shared.q_then_k_start[0]) / 16, &shared.step[0][at.lane], 1.0f);
+    load_rows.template operator()<Fp16>(&shared.k_start[0][at.group][at.lane], sizeof(shared.k_start[0]) / 16,
+                                        &shared.step[0][at.lane], 1.0f);
   } else {
-    load_rows.template operator()<T>(&shared.v[0].operands[at.group - K / 32][at.lane], sizeof(shared.v[0]) / 16,
+    load_rows.template operator()<T>(&shared.v[0][at.group - K / 32][at.lane], sizeof(shared.v[0]) / 16,
                                      &shared.value_step[0][at.lane], power_of_two(-shared.exponent));
   }
   // sum[row_group] -= X A^T for the column groups of the a operands.
