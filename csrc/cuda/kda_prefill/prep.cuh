@@ -10,15 +10,16 @@
 //   with the state    2^(G_i - start of the chunk), 2^(end of the chunk - G_j)
 //
 // The first two powers are all the exponentials there are (two an element); the others follow by multiplication with
-// factors of a group and channel. Operands are fp16: by then all are at most 1 in magnitude but for v, which is scaled
-// by a power of two when the chunk needs it. A_kk is kept as the sum of two fp16 (its error would dominate otherwise).
+// factors of a group and channel, of which those beyond a group are powers of two. Operands are fp16: by then all are
+// at most sqrt 2 in magnitude but for v, which is scaled by a power of two when the chunk needs it. A_kk is kept as the
+// sum of two fp16 (its error would dominate otherwise).
 //
-// Phases, a block barrier after each: 1 inputs, gates, norms; 2 factors of the groups; 3 operands; 4 A_kk, A_qk and the
-// inverses of the diagonal blocks of I + A_kk; 5 w and u by forward substitution over the groups.
+// Phases, a block barrier after each: 1 inputs, gates; 2 norms, values, sums of the gates; 3 operands; 4 A_kk, A_qk and
+// the inverses of the diagonal blocks of I + A_kk; 5 w and u by forward substitution over the groups.
 //
-// Bytes: 64 KB read and 70 KB written a block at K = V = 128: 31 ns at 4.27 TB/s. The products are 1.4 M multiply-adds,
-// 1,100 cycles at the rate of mma.sync; the instructions, about 3,500 a warp, 7,000 cycles: they bound it, and waiting
-// between them, which the second block on the multiprocessor is for.
+// Bytes: 64 KB read and 70 KB written a block at K = V = 128: 31 ns at 4.27 TB/s, or 7,300 cycles for a multiprocessor
+// at 1.76 GHz. The block's 17,300 warp instructions take 4,350 cycles at best, shared memory and the loads 4,800, the
+// tensor cores 2,000, the special functions 2,000; a second block on the multiprocessor fills what one waits for.
 #pragma once
 
 #include "cuda/kda_prefill/prep_system.cuh"
