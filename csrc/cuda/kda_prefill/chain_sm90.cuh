@@ -192,13 +192,13 @@ struct ChainWarp {
     write_rows(rows, to, token_stride, count, wide);
   }
 
-  __device__ __forceinline__ void load(float* rows, bool wide, bool zeros) {
-    load_state<K / 32>(s, rows, K, wide, zeros);
+  __device__ __forceinline__ void load(const StateRows& rows, bool zeros) {
+    load_state<K / 32>(s, rows, K, zeros);
     transpose_quads<K>(s);
   }
-  __device__ __forceinline__ void store(float* rows, bool wide) {
+  __device__ __forceinline__ void store(const StateRows& rows) {
     transpose_quads<K>(s);
-    store_state<K / 32>(s, rows, K, wide);
+    store_state<K / 32>(s, rows, K);
     transpose_quads<K>(s);
   }
 };
@@ -363,7 +363,7 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
     return;
   }
   const auto rows_of = [&](int of_slot) {
-    return p.state + of_slot * p.state_slot_stride + (static_cast<int64_t>(task.head) * V + task.first_value) * K;
+    return state_rows(p, segment.wide_state, of_slot, task.head, task.first_value);
   };
 
   // Phase 2: the first images, and the state.
@@ -377,8 +377,7 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
   }
   __syncwarp();
   ChainWarp<T, K, kWarpgroups> x;
-  x.load(rows_of(slot), segment.wide_state,
-         task.first == 0 && p.has_initial_state && !p.has_initial_state[task.sequence]);
+  x.load(rows_of(slot), task.first == 0 && p.has_initial_state && !p.has_initial_state[task.sequence]);
   x.round_state(1.0f);
 
   // Phase 3: the chunks. `behind`: the output of the chunk before is in x.out, not yet written.
@@ -425,7 +424,7 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
     }
     if (task.length - chunk * kChunk >= kChunk && chunk < p.num_snapshots) {
       const int to = p.snapshot_slots[task.sequence * p.num_snapshots + chunk];
-      if (to >= 0) x.store(rows_of(to), segment.wide_state);
+      if (to >= 0) x.store(rows_of(to));
     }
   }
 
@@ -434,7 +433,7 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
     const int count = min(task.length - (task.last - 1) * kChunk, kChunk);
     x.write_out(out_of(task.last - 1), p.out_token_stride, count, p.scale, segment.wide_out);
   }
-  x.store(rows_of(slot), segment.wide_state);
+  x.store(rows_of(slot));
   if constexpr (Ring::kCluster > 1) cluster_sync();  // nobody leaves while others copy to it, or arrive at its barriers
 }
 

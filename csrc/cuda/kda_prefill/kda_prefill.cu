@@ -107,33 +107,29 @@ decltype(auto) dispatch_head(const KdaPrefillParams& p, Run&& run) {
   return p.key_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
 }
 
-// The Hopper form of the second kernel.
-bool takes_sm90() {
-  return use_sm90();
-}
-
 // How the chunks are split into segments, and the workspace for the images of one or, where the kernels of two segments
 // overlap, of two.
 struct Plan {
   int64_t chunks, segments, chunks_per_segment;
   size_t segment_bytes, workspace_bytes;
+  bool overlapped = false;
 
   explicit Plan(const KdaPrefillParams& p) {
     const int64_t image_bytes =
         p.num_value_heads * dispatch_head(p, [&]<int K>() {
-          return static_cast<int64_t>(takes_sm90() ? sizeof(ChunkImageSm90<K, K>) : sizeof(ChunkImage<K, K>));
+          return static_cast<int64_t>(use_sm90() ? sizeof(ChunkImageSm90<K, K>) : sizeof(ChunkImage<K, K>));
         });
-    int64_t most = kSegmentBytes / image_bytes;
-    if (takes_sm90()) {
-      most /= 2;
-      if (2 * p.num_sequences * p.num_value_heads <= multiprocessors())
-        most = std::min(most, ceil_div(kOverlappedImages, p.num_value_heads));
-    }
+    int64_t most = std::max<int64_t>(1, kSegmentBytes / image_bytes);
     chunks = max_chunks(p.num_tokens, p.num_sequences);
-    segments = std::max<int64_t>(1, ceil_div(chunks, std::max<int64_t>(1, most)));
+    // Not with a state in bfloat16, which every end of a segment rounds.
+    if (use_sm90() && p.state_dtype == DType::kF32 && 2 * p.num_sequences * p.num_value_heads <= multiprocessors()) {
+      most = std::min(std::max<int64_t>(1, most / 2), ceil_div(kOverlappedImages, p.num_value_heads));
+      overlapped = chunks > most;
+    }
+    segments = std::max<int64_t>(1, ceil_div(chunks, most));
     chunks_per_segment = ceil_div(chunks, segments);
     segment_bytes = static_cast<size_t>(image_bytes * chunks_per_segment);
-    workspace_bytes = segment_bytes * (takes_sm90() && segments > 1 ? 2 : 1);
+    workspace_bytes = segment_bytes * (overlapped ? 2 : 1);
   }
 };
 
@@ -177,29 +173,30 @@ void launch_sm90_chain(const KdaPrefillParams& p, const Segment& segment, cudaSt
     launch_chain_sm90<T, K, K / 64>(p, segment, stream);
 }
 
-// All kernels, segment by segment: P0 C0 P1 C1 ... Each may begin before the one in front of it has ended, in so far:
-// C(s) waits for P(s); P(s) begins when all blocks of C(s - 1) run, and writes the images that C(s - 2) has read; it
-// ends only after C(s - 1), so that C(s) waits for that too. P0 waits for what is in front of it on the stream.
+// All kernels, segment by segment: P0 C0 P1 C1 ... Where the plan has them overlap, each may begin before the one in
+// front of it has ended, in so far: C(s) waits for P(s); P(s) begins when all blocks of C(s - 1) run, and writes the
+// images that C(s - 2) has read; it ends only after C(s - 1), so that C(s) waits for that too. P0 waits for what is in
+// front of it on the stream.
 template <typename T, int K, typename Image>
 void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
   constexpr bool kSm90 = std::is_same_v<Image, ChunkImageSm90<K, K>>;
   Segment segment;
-  segment.wide_inputs = aligned_to(16, p.q, p.k, p.v, p.g) &&
+  segment.wide_inputs = aligned_to(16, p.q, p.k, p.v, p.g, p.dt_bias) &&
                         multiples_of(8, p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride,
                                      p.v_token_stride, p.v_head_stride, p.g_token_stride, p.g_head_stride);
   segment.wide_out = aligned_to(8, p.out) && multiples_of(4, p.out_token_stride, p.out_head_stride);
   segment.wide_state = wide_state(p);
 
   const Plan plan(p);
-  segment.forward = kSm90 && plan.segments > 1;
+  segment.forward = plan.overlapped;
   for (int64_t index = 0; index < plan.segments; ++index) {
     const int64_t first = index * plan.chunks_per_segment;
     segment.first = static_cast<int>(first);
     segment.count = static_cast<int>(std::min(plan.chunks_per_segment, plan.chunks - first));
     if (segment.count <= 0) break;
-    segment.images = static_cast<char*>(p.workspace) + (kSm90 ? index % 2 * plan.segment_bytes : 0);
+    segment.images = static_cast<char*>(p.workspace) + (plan.overlapped ? index % 2 * plan.segment_bytes : 0);
     const dim3 blocks(static_cast<unsigned>(p.num_value_heads), static_cast<unsigned>(segment.count));
-    launch({.overlap = kSm90 && index > 0}, kda_prep_kernel<T, K, K, Image>, blocks, dim3(kPrepThreads),
+    launch({.overlap = plan.overlapped && index > 0}, kda_prep_kernel<T, K, K, Image>, blocks, dim3(kPrepThreads),
            sizeof(PrepShared<K, K>), stream, p, segment);
     if constexpr (kSm90)
       launch_sm90_chain<T, K>(p, segment, stream);
@@ -220,7 +217,7 @@ void kda_prefill(const KdaPrefillParams& p, cudaStream_t stream) {
   if (!is_chunked(p)) return run_tokens(p, stream);
   dispatch_half(p.dtype, [&]<typename T>() {
     dispatch_head(p, [&]<int K>() {
-      if (takes_sm90())
+      if (use_sm90())
         run_chunks<T, K, ChunkImageSm90<K, K>>(p, stream);
       else
         run_chunks<T, K, ChunkImage<K, K>>(p, stream);

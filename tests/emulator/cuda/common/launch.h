@@ -26,7 +26,7 @@ inline int max_shared_bytes() {
 }
 inline bool use_sm90() {
   const char* path = std::getenv("KIMI_CUDA_PATH");
-  return path == nullptr || std::string_view(path) != "portable";
+  return path != nullptr && std::string_view(path) == "sm90";
 }
 
 struct LaunchOptions {
