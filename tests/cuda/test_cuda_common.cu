@@ -36,8 +36,8 @@ std::vector<T> random_elements(size_t n, uint32_t seed) {
 // ---- Matrix products -----------------------------------------------------------------------------------------------
 
 // d += a b, with a [16, 16], b [16, 8] and d [16, 8] row-major in global memory; fragments are read element by element,
-// as ptx.h describes them.
-template <typename T>
+// as ptx.h describes them. In one step of the whole depth, or in two of half of it.
+template <typename T, bool kTwoSteps>
 __global__ void product_from_global(const T* a, const T* b, float* d) {
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
   const auto pair = [](const T& lo, const T& hi) { return pack2<T>(to_float(lo), to_float(hi)); };
@@ -52,7 +52,12 @@ __global__ void product_from_global(const T* a, const T* b, float* d) {
     const T* at = b + (2 * t + 8 * i) * 8 + g;
     fragment_b[i] = pair(at[0], at[8]);
   }
-  mma_m16n8k16<T>(fragment_d, fragment_a, fragment_b);
+  if constexpr (kTwoSteps) {
+    mma_m16n8k8<T>(fragment_d, {fragment_a[0], fragment_a[1]}, fragment_b[0]);
+    mma_m16n8k8<T>(fragment_d, {fragment_a[2], fragment_a[3]}, fragment_b[1]);
+  } else {
+    mma_m16n8k16<T>(fragment_d, fragment_a, fragment_b);
+  }
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = fragment_d[i];
 }
 
@@ -131,10 +136,12 @@ void test_products(Checker& checker, const std::string& name) {
   const auto a = random_elements<T>(256, 1), b = random_elements<T>(128, 2);
   const auto d = random_elements<float>(128, 3);
   Buffer<T> device_a(a), device_b(b);
-  {
+  for (const bool two_steps : {false, true}) {
     Buffer<float> out(d);
-    launch(product_from_global<T>, 1, 32, 0, nullptr, device_a.get(), device_b.get(), out.get());
-    checker.close(out.read().data(), plain_product(a, b, d, 16).data(), 128, 1e-6, "mma_m16n8k16, " + name);
+    launch(two_steps ? product_from_global<T, true> : product_from_global<T, false>, 1, 32, 0, nullptr, device_a.get(),
+           device_b.get(), out.get());
+    checker.close(out.read().data(), plain_product(a, b, d, 16).data(), 128, 1e-6,
+                  (two_steps ? "mma_m16n8k8, " : "mma_m16n8k16, ") + name);
   }
   for (const bool transposed : {false, true}) {
     Buffer<float> out(128);

@@ -75,8 +75,7 @@ template <typename T>
 __device__ __forceinline__ float2 unpack2(uint32_t packed);
 template <>
 __device__ __forceinline__ float2 unpack2<Bf16>(uint32_t packed) {
-  // The upper half of a float each. The library's conversion takes three instructions.
-  return make_float2(bits_as<float>(packed << 16), bits_as<float>(packed & 0xffff0000u));
+  return __bfloat1622float2(bits_as<__nv_bfloat162>(packed));
 }
 template <>
 __device__ __forceinline__ float2 unpack2<Fp16>(uint32_t packed) {

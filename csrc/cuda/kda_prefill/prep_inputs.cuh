@@ -42,6 +42,15 @@ __device__ __forceinline__ void log2_decays(const KdaPrefillParams& p, float log
   }
 }
 
+// unpack2, which takes three instructions for bf16.
+template <typename T>
+__device__ __forceinline__ float2 unpack_pair(uint32_t packed) {
+  if constexpr (std::is_same_v<T, Bf16>)
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+  else
+    return unpack2<T>(packed);
+}
+
 // N elements, in one access if they lie for it.
 template <bool kWide, typename T, int N>
 __device__ __forceinline__ Vec<T, N> load_elements(const T* from) {
@@ -118,7 +127,7 @@ struct PrepInputs {
       for (int c = 0; c < kChannels; c += 2) {
         float2 pair;
         if constexpr (sizeof(G) == 2)
-          pair = unpack2<G>(raw[i].x[c / 2]);
+          pair = unpack_pair<G>(raw[i].x[c / 2]);
         else
           pair = make_float2(__uint_as_float(raw[i].x[c]), __uint_as_float(raw[i].x[c + 1]));
         gates[i][c] = fmaf(pair.x, kLog2e, bias[c]);
@@ -279,13 +288,13 @@ __device__ __forceinline__ TokenScales token_scales(const KdaPrefillParams& p, c
 }
 
 template <typename T>
-struct Packed;  // the pair type
+struct PairOf;  // the pair type
 template <>
-struct Packed<Bf16> {
+struct PairOf<Bf16> {
   using Type = __nv_bfloat162;
 };
 template <>
-struct Packed<Fp16> {
+struct PairOf<Fp16> {
   using Type = __half2;
 };
 
@@ -296,7 +305,7 @@ __device__ __forceinline__ uint4 movmatrix_trans(uint4 x) {
 // Phase 2b. The group's values transposed; and the largest and smallest of the tokens' largest.
 template <typename T, int K, int V>
 __device__ __forceinline__ void transpose_values(const uint2 (&row)[V / 16], PrepShared<K, V>& shared) {
-  using Pair = typename Packed<T>::Type;
+  using Pair = typename PairOf<T>::Type;
   const PrepLane at;
   Pair most = __habs2(bits_as<Pair>(row[0].x));
 #pragma unroll

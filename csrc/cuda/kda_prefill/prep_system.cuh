@@ -137,7 +137,7 @@ __device__ __forceinline__ void substitute(const PrepShared<K, V>& shared, uint3
   float sum[kGroups][2][4] = {};
   const auto load_rows = [&]<typename Element>(const uint4* rows, int step, const uint32_t* diagonal, float unit) {
     const uint32_t units = pack2<Element>(unit, unit);
-    using Pair = typename Packed<Element>::Type;
+    using Pair = typename PairOf<Element>::Type;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const uint4 words = rows[i * step];
