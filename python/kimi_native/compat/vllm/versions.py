@@ -55,6 +55,7 @@ RELIED_ON: dict[str, dict[str, tuple[str, ...] | None]] = {
         "CommonAttentionMetadata.seq_lens": None,
         "CommonAttentionMetadata.seq_lens_cpu_upper_bound": None,
         "CommonAttentionMetadata.is_prefilling": None,
+        "CommonAttentionMetadata.num_reqs": None,
         "CommonAttentionMetadata.num_actual_tokens": None,
         "CommonAttentionMetadata.max_query_len": None,
         "CommonAttentionMetadata.block_table_tensor": None,
