@@ -86,7 +86,8 @@ void test_product_of_warpgroup(Checker& checker, const char* name, int k_stride,
     for (int n = 0; n < columns; ++n) {
       double sum = 0;
       for (int k = 0; k < 16; ++k)
-        sum += 3.0 * static_cast<double>(to_float(a[m * 16 + k])) * static_cast<double>(to_float(b[k * columns + n]));
+        sum += 3.0 * static_cast<double>(__half2float(a[m * 16 + k])) *
+               static_cast<double>(__half2float(b[k * columns + n]));
       const double error = std::fabs(d[m * columns + n] - sum);
       worst = error <= worst ? worst : error;
     }
