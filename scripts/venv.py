@@ -136,6 +136,15 @@ for requirement in map(Requirement, requires(sys.argv[1])):
 """
 
 
+def name_engine(python: Path) -> None:
+    """Also calls vLLM's CPU build "vllm": its own command `vllm` ends at once where no distribution has that name (0.32.0)."""
+    code = f"import sysconfig; from importlib.metadata import version; print(sysconfig.get_path('purelib'), version('{ENGINE}'))"
+    site, version = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    information = Path(site) / f"vllm-{version}+cpu.dist-info"
+    information.mkdir(exist_ok=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+
+
 def make_integrations(directory: Path) -> None:
     """vLLM without its torch (ours is there) and without `UNWANTED`; then this checkout, so that its entry points are known."""
     make(directory, ["build", "run"], source=False)
@@ -146,6 +155,7 @@ def make_integrations(directory: Path) -> None:
     command = [str(python), "-c", LIST_REQUIREMENTS, ENGINE, "torch", *UNWANTED]
     required = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     pip_install(python, [*(line for line in wanted if line not in engine), *required])
+    name_engine(python)
     # Editable and without a build: the libraries are those of `make build`.
     settings = ["--config-settings=wheel.cmake=false", "--config-settings=editable.mode=inplace"]
     pip_install(python, ["--no-deps", "--no-build-isolation", *settings, "--editable", str(ROOT)])

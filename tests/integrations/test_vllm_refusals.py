@@ -16,9 +16,9 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed (make test-integrations)")
 
 import model_kit
-from kimi_native.compat.vllm import model, platform, support
 from vllm.engine.arg_utils import EngineArgs
 
+from kimi_native.compat.vllm import model, platform, support
 from kimi_native.tiny import make_tiny
 
 OWN_MODEL, OUR_MODEL = "vllm.models.kimi_k3", "kimi_native.compat.vllm.model"
