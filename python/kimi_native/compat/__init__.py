@@ -1,1 +1,1 @@
-"""Integrations: our operators inside other packages' models. Each is a module of its own, imported only where it is used."""
+"""Our operators inside other libraries' models. Nothing here imports those libraries before it is called."""

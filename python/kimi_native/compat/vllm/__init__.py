@@ -7,6 +7,8 @@ the block pool, tensor and pipeline parallel groups, sampling, the server. What 
     model.py     decoder layers, the model class, what vLLM asks of it; leaves what we do not support to vLLM's own class
     kda.py       Kimi Delta Attention over state slots of vLLM's pool, in place: layer, backend, metadata
     mla.py       multi-head latent attention over vLLM's pages: layer, backend, metadata
+    step.py      which sequences of a step decode and which prefill
+    pieces.py    the keys of prefilling sequences, in pieces of bounded size
     moe.py       router and experts, split over tensor parallel or expert parallel ranks; dense MLP
     shard.py     which part of a weight a rank holds, and dense projections
     loading.py   checkpoint names, the slices they fill, strict loading
