@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Cuda, Effort, Session
+from devices import Cuda, Effort
+from harness import Session
 
 from kimi_native import KimiLinear, KimiLinearConfig, SequenceCache
 from kimi_native.cache import KdaCache, LatentCache

@@ -19,8 +19,8 @@ class Launches:
         worker = os.environ.get("PYTEST_XDIST_WORKER")
         self.path = Path(f"{path}.{worker}" if worker else path)
         self.tests: dict[str, dict] = {}
-        self.library = load_ops()
-        self.read = ctypes.CDLL(str(self.library)).kimi_emulator_launches
+        self.operators = load_ops()
+        self.read = ctypes.CDLL(str(self.operators)).kimi_emulator_launches
         self.offsets = (ctypes.c_uint64 * 1000)()
 
     @pytest.hookimpl(wrapper=True)
@@ -35,4 +35,4 @@ class Launches:
 
     def pytest_sessionfinish(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({"library": str(self.library), "tests": self.tests}))
+        self.path.write_text(json.dumps({"library": str(self.operators), "tests": self.tests}))

@@ -14,10 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "scripts")]
 
 import bench_report  # noqa: E402
+import devices  # noqa: E402
 import harness  # noqa: E402
 import kda_inputs  # noqa: E402
 import run  # noqa: E402
-from harness import Case, Effort, Job, Peer  # noqa: E402
+from devices import Effort  # noqa: E402
+from harness import Case, Job, Peer  # noqa: E402
 from kit import assert_close  # noqa: E402
 from spec import kda_prefill as spec  # noqa: E402
 
@@ -33,12 +35,12 @@ class StubDevice:
         return {"machine": "stub", "threads": 1, "isa": "none"}
 
     def ceilings(self):
-        return harness.Ceilings(tflops=1.0, gemm="none", gbps=1000.0)
+        return devices.Ceilings(tflops=1.0, gemm="none", gbps=1000.0)
 
     def measure(self, functions, effort):
         for function in functions.values():
             function()
-        return {name: harness.Samples([1e-6 if name == "" else 3e-6] * effort.repeats) for name in functions}
+        return {name: devices.Samples([1e-6 if name == "" else 3e-6] * effort.repeats) for name in functions}
 
     def path_of(self, run):
         return {"path": "cpu"}
@@ -58,7 +60,7 @@ def command(*arguments):
 
 @pytest.fixture
 def session(monkeypatch):
-    monkeypatch.setitem(harness.DEVICES, "stub", StubDevice)
+    monkeypatch.setitem(devices.DEVICES, "stub", StubDevice)
     return harness.Session.start("stub", Effort(repeats=4, budget_s=0.0))
 
 

@@ -230,6 +230,24 @@ def test_prefix_in_pieces(zoo: Zoo):
     assert_same_bits(model.score(prompt[:64]), pieces[:64], "a prompt of a single piece")
 
 
+def test_kda_states_in_bfloat16(zoo: Zoo):
+    """Half the bytes, and nearly the same probabilities; refused where it would break a promise."""
+    model = zoo.model(STORED_BF16, dtype=torch.bfloat16)
+    asks = [Ask(tokens(200, seed=26)), Ask(tokens(70, seed=27), joins=2)]
+    whole, half = (
+        play(Engine(model, max_num_seqs=2, num_pages=16, kda_state_dtype=dtype), asks) for dtype in (torch.float32, torch.bfloat16)
+    )
+    for a, b in zip(whole, half):
+        assert b.logprobs[0] == pytest.approx(a.logprobs[0], abs=0.05), "the first token after a prompt"
+        assert len(b.logprobs) == len(a.logprobs) and b.logprobs != a.logprobs
+    pools = [model.make_caches(1, 1, dtype)[0] for dtype in (torch.float32, torch.bfloat16)]
+    assert pools[0].recurrent.nbytes == 2 * pools[1].recurrent.nbytes
+    with pytest.raises(ValueError, match="bfloat16 beside a model in 16 bits"):
+        Engine(zoo.model(STORED_BF16), kda_state_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="batch_invariant model needs KDA states in float32"):
+        Engine(zoo.model(STORED_BF16, batch_invariant=True, dtype=torch.bfloat16), kda_state_dtype=torch.bfloat16)
+
+
 def test_bfloat16(zoo: Zoo):
     """The same promises in bfloat16: chunks, neighbours, pieces of the prefix, threads."""
     model, prompt = zoo.model(STORED_BF16, batch_invariant=True, dtype=torch.bfloat16), tokens(333, seed=25)

@@ -19,7 +19,7 @@ from kit import (
 from spec.kda_decode import MAX_R, MAX_R_FUSED, MAX_R_STATE
 from spec.kda_decode import kda_decode as spec
 from spec.kda_decode import kda_decode_fused as spec_fused
-from test_kda_prefill import GATES, NAN, gates, i32, on
+from test_kda_prefill import GATES, HALF_DTYPES, NAN, gates, i32, on
 
 import kimi_native
 from kimi_native.ops import gated_rms_norm, kda_decode, kda_decode_fused, kda_prefill, short_conv
@@ -316,6 +316,27 @@ def test_memory_that_is_not_aligned(key_dim, value_dim, device, dtype):
             assert_same_bits(odd["state"], args["state"])
         assert_close(result, expected, MAX_R[dtype])
         assert out.tensor[0].isnan()
+
+
+@pytest.mark.parametrize("device, dtype", HALF_DTYPES)
+@pytest.mark.parametrize("key_dim, value_dim", [(64, 48), (80, 144), (128, 128), (256, 32)])
+def test_a_bfloat16_state_is_the_float32_state_rounded(key_dim, value_dim, device, dtype):
+    for problem_of, op in [(problem, kda_decode), (fused_problem, kda_decode_fused)]:
+        args = on(device, problem_of(3, 2, 1, 2, key_dim, value_dim, dtype)) | {"num_commit": i32(2, 0, 1, device=device)}
+        half = args | {"state": args["state"].bfloat16()}
+        full = args | {"state": half["state"].float()}
+        if "conv_state" in args:
+            full["conv_state"] = args["conv_state"].clone()
+        assert_same_bits(op(**half), op(**full))
+        assert_same_bits(half["state"], full["state"].bfloat16(), "state")
+
+
+def test_a_bfloat16_state_needs_inputs_of_16_bits():
+    args = problem(1, 1, 1, 1, 16, 16, torch.float32)
+    with pytest.raises(RuntimeError, match="state must be float32, or bfloat16 with inputs of 16 bits"):
+        kda_decode(**args | {"state": args["state"].bfloat16()})
+    with pytest.raises(RuntimeError, match="state must be float32, or bfloat16"):
+        kda_decode(**args | {"state": args["state"].half()})
 
 
 def pools_of(args):

@@ -184,8 +184,9 @@ def test_strides_and_nothing_outside(heads, latent_dim, rope_dim, dtype, device)
 
 
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
-def test_memory_that_is_not_aligned(dtype, device):
-    args = make([100, 7], 3, 512, 64, dtype=dtype, device=device)
+@pytest.mark.parametrize("heads", [3, 20])
+def test_memory_that_is_not_aligned(heads, dtype, device):
+    args = make([100, 7], heads, 512, 64, dtype=dtype, device=device)
     plain, plain_lse = run(args)
 
     def moved(t):

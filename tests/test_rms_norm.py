@@ -73,7 +73,7 @@ def test_rows_are_independent_of_neighbours(device, dtype):
 
 
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
-@pytest.mark.parametrize("dim", [40, 2304, 5000])
+@pytest.mark.parametrize("dim", [40, 41, 2304, 5000])
 def test_few_rows_and_many_rows_are_the_same_bits(dim, device, dtype):
     """On a GPU there is a kernel for each."""
     rows = 1030

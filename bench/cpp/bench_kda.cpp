@@ -93,28 +93,13 @@ Case prefill(Harness& h, const Lengths& lengths, int64_t heads, KdaGate gate, DT
   p.lower_bound = kLowerBound;
   p.gate = gate;
   p.dtype = p.g_dtype = p.beta_dtype = dtype;
-  p.workspace = h.bytes(h.dispatch([&](auto on) {
-                   if constexpr (decltype(on)::kIsGpu) {
-                     return kimi::cuda::kda_prefill_workspace_bytes(p);
-                   } else {
-                     return kimi::cpu::kda_prefill_workspace_bytes(p);
-                   }
-                 }))->data();
+  p.workspace = h.workspace(KIMI_BACKENDS(kda_prefill_workspace_bytes), p);
   kimi::validate(p);
   // The first tokens of the last head of the first sequence, from its state before the run.
   const int64_t head = heads - 1;
   const std::vector<double> before = state.read(head * kDim * kDim, kDim * kDim);
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::kda_prefill(p, on.stream);
-              } else {
-                kimi::cpu::kda_prefill(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(kda_prefill), p),
       .flops = 7.0 * count * kDim,  // decay, two reductions, one outer product
       .bytes = 5 * q.bytes() + beta.bytes() + 2 * state.bytes(),
       .check =
@@ -196,26 +181,11 @@ struct Step {
 Case decode(Harness& h, int64_t batch, int64_t tokens, DType dtype) {
   const Step step(h, batch, tokens, dtype);
   kimi::KdaDecodeParams p = step.params(h, dtype);
-  p.workspace = h.bytes(h.dispatch([&](auto on) {
-                   if constexpr (decltype(on)::kIsGpu) {
-                     return kimi::cuda::kda_decode_workspace_bytes(p);
-                   } else {
-                     return kimi::cpu::kda_decode_workspace_bytes(p);
-                   }
-                 }))->data();
+  p.workspace = h.workspace(KIMI_BACKENDS(kda_decode_workspace_bytes), p);
   kimi::validate(p);
   const std::vector<double> before = step.last_state();
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::kda_decode(p, on.stream);
-              } else {
-                kimi::cpu::kda_decode(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(kda_decode), p),
       .flops = step.flops(),
       .bytes = step.bytes(),
       .check =
@@ -252,27 +222,12 @@ Case decode_fused(Harness& h, int64_t batch, DType dtype) {
   p.conv_state_slot_stride = 3 * kChannels;
   p.norm_gate_token_stride = kHeads * kDim;
   p.norm_gate_head_stride = kDim;
-  p.workspace = h.bytes(h.dispatch([&](auto on) {
-                   if constexpr (decltype(on)::kIsGpu) {
-                     return kimi::cuda::kda_decode_fused_workspace_bytes(p);
-                   } else {
-                     return kimi::cpu::kda_decode_fused_workspace_bytes(p);
-                   }
-                 }))->data();
+  p.workspace = h.workspace(KIMI_BACKENDS(kda_decode_fused_workspace_bytes), p);
   kimi::validate(p);
   const std::vector<double> before = step.last_state();
   const std::vector<double> past = conv_state.read(step.slot_of[batch - 1] * 3 * kChannels, 3 * kChannels);
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::kda_decode_fused(p, on.stream);
-              } else {
-                kimi::cpu::kda_decode_fused(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(kda_decode_fused), p),
       .flops = step.flops(),
       .bytes = step.bytes() + 6.0 * batch * kChannels * kimi::size_of(dtype) + conv_weight.bytes() + norm_gate.bytes(),
       .check =

@@ -26,16 +26,7 @@ Case linear(Harness& h, int64_t rows, int64_t groups, int64_t n, int64_t k, DTyp
   p.dtype = p.out_dtype = dtype;
   kimi::validate(p);
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::batch_invariant_linear(p, on.stream);
-              } else {
-                kimi::cpu::batch_invariant_linear(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(batch_invariant_linear), p),
       .flops = 2.0 * rows * groups * n * k,
       .bytes = x.bytes() + weight.bytes() + out.bytes(),
       .check =

@@ -74,16 +74,7 @@ Case prefill(Harness& h, const Lengths& lengths, int64_t prefix, DType dtype) {
   double pairs = 0;
   for (int64_t length : lengths) pairs += static_cast<double>(length) * prefix + length * (length + 1.0) / 2;
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::mla_prefill(p, on.stream);
-              } else {
-                kimi::cpu::mla_prefill(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(mla_prefill), p),
       .flops = 2 * pairs * kHeads * (kNope + kRope + kDim),
       .bytes = q.bytes() + kv.bytes() + k_rope.bytes() + out.bytes(),
       .check =
@@ -136,25 +127,10 @@ Case decode(Harness& h, int64_t batch, int64_t length, DType dtype) {
   p.out_head_stride = kLatent;
   p.scale = kScale;
   p.dtype = dtype;
-  p.workspace = h.bytes(h.dispatch([&](auto on) {
-                   if constexpr (decltype(on)::kIsGpu) {
-                     return kimi::cuda::mla_decode_workspace_bytes(p);
-                   } else {
-                     return kimi::cpu::mla_decode_workspace_bytes(p);
-                   }
-                 }))->data();
+  p.workspace = h.workspace(KIMI_BACKENDS(mla_decode_workspace_bytes), p);
   kimi::validate(p);
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::mla_decode(p, on.stream);
-              } else {
-                kimi::cpu::mla_decode(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(mla_decode), p),
       .flops = 2.0 * batch * length * kHeads * (2 * kLatent + kRope),
       .bytes = static_cast<double>(batch) * length * kRow * kimi::size_of(dtype) + q.bytes() + out.bytes(),
       .check =
@@ -200,16 +176,7 @@ Case cache_write(Harness& h, int64_t num_tokens, DType dtype) {
   p.dtype = dtype;
   kimi::validate(p);
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::mla_cache_write(p, on.stream);
-              } else {
-                kimi::cpu::mla_cache_write(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(mla_cache_write), p),
       .flops = 4.0 * num_tokens * kLatent,
       .bytes = 2 * kv.bytes() + weight.bytes() + 8.0 * num_tokens,
       .check =
@@ -244,16 +211,7 @@ Case merge(Harness& h, int64_t num_tokens) {
   const std::vector<double> before = out.read(last * kDim, kDim);
   const double lse_before = lse.read(last, 1)[0];
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::mla_merge(p, on.stream);
-              } else {
-                kimi::cpu::mla_merge(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(mla_merge), p),
       .flops = 3.0 * rows * kDim,
       .bytes = 3 * out.bytes() + 3 * lse.bytes(),
       .check =

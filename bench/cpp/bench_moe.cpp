@@ -62,25 +62,10 @@ Case experts(Harness& h, int64_t num_tokens, int64_t num_experts, bool skewed, D
   p.num_experts = num_experts;
   p.top_k = kTopK;
   p.dtype = dtype;
-  p.workspace = h.bytes(h.dispatch([&](auto on) {
-                   if constexpr (decltype(on)::kIsGpu) {
-                     return kimi::cuda::moe_experts_workspace_bytes(p);
-                   } else {
-                     return kimi::cpu::moe_experts_workspace_bytes(p);
-                   }
-                 }))->data();
+  p.workspace = h.workspace(KIMI_BACKENDS(moe_experts_workspace_bytes), p);
   kimi::validate(p);
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::moe_experts(p, on.stream);
-              } else {
-                kimi::cpu::moe_experts(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(moe_experts), p),
       .flops = 2.0 * num_tokens * (kTopK + 1) * 3 * kInner * kHidden,
       .bytes =
           experts_hit * 3.0 * kInner * kHidden * kimi::size_of(dtype) + x.bytes() + out.bytes() + 2 * weights.bytes(),
@@ -119,25 +104,10 @@ Case router(Harness& h, int64_t num_tokens, DType dtype) {
   p.top_k = kTopK;
   p.scale = 2.446f;
   p.dtype = dtype;
-  p.workspace = h.bytes(h.dispatch([&](auto on) {
-                   if constexpr (decltype(on)::kIsGpu) {
-                     return kimi::cuda::moe_router_workspace_bytes(p);
-                   } else {
-                     return kimi::cpu::moe_router_workspace_bytes(p);
-                   }
-                 }))->data();
+  p.workspace = h.workspace(KIMI_BACKENDS(moe_router_workspace_bytes), p);
   kimi::validate(p);
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::moe_router(p, on.stream);
-              } else {
-                kimi::cpu::moe_router(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(moe_router), p),
       .flops = 2.0 * num_tokens * kExperts * kHidden,
       .bytes = x.bytes() + weight.bytes() + 2 * weights.bytes(),
       .check =

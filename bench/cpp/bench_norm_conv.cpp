@@ -27,16 +27,7 @@ Case rms_norm(Harness& h, int64_t num_tokens, DType dtype) {
   p.dtype = dtype;
   kimi::validate(p);
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::rms_norm(p, on.stream);
-              } else {
-                kimi::cpu::rms_norm(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(rms_norm), p),
       .flops = 4.0 * num_tokens * kHidden,
       .bytes = x.bytes() + out.bytes() + weight.bytes(),
       .check =
@@ -68,16 +59,7 @@ Case gated_rms_norm(Harness& h, int64_t num_tokens, DType dtype) {
   p.dtype = dtype;
   kimi::validate(p);
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::gated_rms_norm(p, on.stream);
-              } else {
-                kimi::cpu::gated_rms_norm(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(gated_rms_norm), p),
       .flops = 8.0 * count,
       .bytes = 3 * x.bytes(),
       .check =
@@ -119,16 +101,7 @@ Case short_conv(Harness& h, const Lengths& lengths, bool one_token, DType dtype)
   p.dtype = dtype;
   kimi::validate(p);
   return {
-      .run =
-          [=, &h] {
-            h.dispatch([&](auto on) {
-              if constexpr (decltype(on)::kIsGpu) {
-                kimi::cuda::short_conv(p, on.stream);
-              } else {
-                kimi::cpu::short_conv(p);
-              }
-            });
-          },
+      .run = h.call_of(KIMI_BACKENDS(short_conv), p),
       .flops = 12.0 * num_tokens * kChannels,
       .bytes = x.bytes() + out.bytes() + 2 * state.bytes() + weight.bytes(),
       .check =

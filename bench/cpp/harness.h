@@ -25,6 +25,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -34,6 +35,7 @@ namespace kimi_bench {
 
 using kimi::DType;
 
+// KIMI_BACKENDS(op): the two backends of an operator, as arguments of Harness::call_of and Harness::workspace.
 #ifdef KIMI_CUDA
 inline constexpr bool kBuiltWithCuda = true;
 
@@ -43,22 +45,14 @@ inline void cuda_check(cudaError_t status, const char* what) {
   std::exit(2);
 }
 #define KIMI_BENCH_CUDA(call) ::kimi_bench::cuda_check(call, #call)
+#define KIMI_BACKENDS(name) &::kimi::cpu::name, &::kimi::cuda::name
 
 // flush.cu: reads `count` floats, so that they are in the last-level cache and nothing else is.
 void read_all(const float* data, size_t count, float* sink, cudaStream_t stream);
 #else
 inline constexpr bool kBuiltWithCuda = false;
+#define KIMI_BACKENDS(name) &::kimi::cpu::name, nullptr
 #endif
-
-// What a case's calls get: on which backend they are. `decltype(on)::kIsGpu` is for `if constexpr`, so that a build
-// without CUDA needs none of its entries.
-struct OnCpu {
-  static constexpr bool kIsGpu = false;
-};
-struct OnGpu {
-  static constexpr bool kIsGpu = true;
-  cudaStream_t stream;
-};
 
 // Bytes on the device of the run.
 class Memory {
@@ -259,13 +253,20 @@ class Harness {
     return static_cast<const T*>(memory->data());
   }
 
-  // run(OnCpu) or run(OnGpu), by the device of the run.
-  template <typename Run>
-  decltype(auto) dispatch(const Run& run) const {
+  // The call of an operator on the device of the run, for Case::run: h.call_of(KIMI_BACKENDS(rms_norm), p).
+  template <typename Params>
+  std::function<void()> call_of(void (*cpu)(const Params&),
+                                [[maybe_unused]] std::type_identity_t<void (*)(const Params&, cudaStream_t)> cuda,
+                                const Params& p) const {
 #ifdef KIMI_CUDA
-    if (on_gpu_) return run(OnGpu{stream_});
+    if (on_gpu_) return [=, stream = stream_] { cuda(p, stream); };
 #endif
-    return run(OnCpu{});
+    return [=] { cpu(p); };
+  }
+  // The workspace that it wants: h.workspace(KIMI_BACKENDS(moe_experts_workspace_bytes), p).
+  template <typename Params>
+  void* workspace(size_t (*cpu)(const Params&), std::type_identity_t<size_t (*)(const Params&)> cuda, const Params& p) {
+    return bytes(on_gpu_ ? cuda(p) : cpu(p))->data();
   }
 
   void add(const std::string& op, const std::string& name, const MakeCase& make);

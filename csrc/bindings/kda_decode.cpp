@@ -45,7 +45,8 @@ static const Register kda_decode([](Module& m) {
       .value("use_beta_sigmoid", &P::use_beta_sigmoid)
       .value("dtype", &P::dtype)
       .value("g_dtype", &P::g_dtype)
-      .value("beta_dtype", &P::beta_dtype);
+      .value("beta_dtype", &P::beta_dtype)
+      .value("state_dtype", &P::state_dtype);
   cpu_size<P>(m, "kda_decode_workspace_bytes_cpu", &cpu::kda_decode_workspace_bytes);
   cpu_entry<P>(m, "kda_decode_cpu", &cpu::kda_decode);
 #ifdef KIMI_CUDA

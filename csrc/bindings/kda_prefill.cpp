@@ -48,7 +48,8 @@ static const Register kda_prefill([](Module& m) {
       .value("use_beta_sigmoid", &P::use_beta_sigmoid)
       .value("dtype", &P::dtype)
       .value("g_dtype", &P::g_dtype)
-      .value("beta_dtype", &P::beta_dtype);
+      .value("beta_dtype", &P::beta_dtype)
+      .value("state_dtype", &P::state_dtype);
   cpu_size<P>(m, "kda_prefill_workspace_bytes_cpu", &cpu::kda_prefill_workspace_bytes);
   cpu_entry<P>(m, "kda_prefill_cpu", &cpu::kda_prefill);
 #ifdef KIMI_CUDA

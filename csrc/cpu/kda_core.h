@@ -178,7 +178,8 @@ void prepare(const KdaRule& rule, const KdaHead<T>& head, int64_t first, int cou
 // --------------------------------------------------------------------------------------------------
 
 // Columns [c, c + kLanes) of rows in the pool <-> the block's vectors x[i][j]: quad i of these columns, rows 4 r + j.
-KIMI_INLINE void load_columns(const float* rows, int64_t key_dim, vf (&x)[kQuads][4]) {
+template <typename S>
+KIMI_INLINE void load_columns(const S* rows, int64_t key_dim, vf (&x)[kQuads][4]) {
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     vf row[kQuads];
@@ -189,7 +190,8 @@ KIMI_INLINE void load_columns(const float* rows, int64_t key_dim, vf (&x)[kQuads
     for (int i = 0; i < kQuads; ++i) x[i][j] = row[i];
   }
 }
-KIMI_INLINE void store_columns(const vf (&x)[kQuads][4], int64_t key_dim, float* rows) {
+template <typename S>
+KIMI_INLINE void store_columns(const vf (&x)[kQuads][4], int64_t key_dim, S* rows) {
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     vf row[kQuads];
@@ -201,8 +203,9 @@ KIMI_INLINE void store_columns(const vf (&x)[kQuads][4], int64_t key_dim, float*
   }
 }
 
-// A block between the pool (kRows rows of key_dim) and scratch.
-KIMI_INLINE void load_block(const float* rows, int64_t key_dim, float* block) {
+// A block between the pool (kRows rows of key_dim, fp32 or bf16) and scratch.
+template <typename S>
+KIMI_INLINE void load_block(const S* rows, int64_t key_dim, float* block) {
   for (int64_t c = 0; c < key_dim; c += kLanes) {
     vf x[kQuads][4];
     load_columns(rows + c, key_dim, x);
@@ -210,7 +213,8 @@ KIMI_INLINE void load_block(const float* rows, int64_t key_dim, float* block) {
       for (int j = 0; j < 4; ++j) store(block + c * kLanes + (4 * i + j) * kLanes, x[i][j]);
   }
 }
-KIMI_INLINE void store_block(const float* block, int64_t key_dim, float* rows) {
+template <typename S>
+KIMI_INLINE void store_block(const float* block, int64_t key_dim, S* rows) {
   for (int64_t c = 0; c < key_dim; c += kLanes) {
     vf x[kQuads][4];
     for (int i = 0; i < kQuads; ++i)
@@ -244,11 +248,13 @@ KIMI_INLINE void pass(float* block, int64_t key_dim, const float* k_due, const v
 
 // load_block and pass<false> in one, while the rows after these (the next block) are fetched towards the cache: rows
 // are read kRows at a time, more streams than a hardware prefetcher follows.
-KIMI_INLINE void pass_from_pool(const float* rows, float* block, int64_t key_dim, const float* decay, const float* k,
+template <typename S>
+KIMI_INLINE void pass_from_pool(const S* rows, float* block, int64_t key_dim, const float* decay, const float* k,
                                 const float* q, vf& along_k, vf& along_q) {
   vf sum_k[4] = {}, sum_q[4] = {};
   for (int64_t c = 0; c < key_dim; c += kLanes) {
-    for (int r = 0; r < kRows * kLanes; r += 16) __builtin_prefetch(rows + kRows * key_dim + c * kRows + r, 0, 2);
+    for (int r = 0; r < kRows * kLanes; r += 64 / sizeof(S))
+      __builtin_prefetch(rows + kRows * key_dim + c * kRows + r, 0, 2);
     vf x[kQuads][4];
     load_columns(rows + c, key_dim, x);
 #pragma GCC unroll 4
@@ -276,8 +282,8 @@ KIMI_INLINE void finish(float* block, int64_t key_dim, const float* k_due, const
     for (int j = 0; j < 4; ++j) store(block + j * kLanes, fma(due, u[j], load(block + j * kLanes)));
   }
 }
-KIMI_INLINE void finish_to_pool(const float* block, int64_t key_dim, const float* k_due, const vf (&u)[4],
-                                float* rows) {
+template <typename S>
+KIMI_INLINE void finish_to_pool(const float* block, int64_t key_dim, const float* k_due, const vf (&u)[4], S* rows) {
   for (int64_t c = 0; c < key_dim; c += kLanes) {
     vf x[kQuads][4];
 #pragma GCC unroll 4
@@ -293,8 +299,9 @@ KIMI_INLINE void finish_to_pool(const float* block, int64_t key_dim, const float
 // Tokens [begin, end) of the tile over one block; `values` points at the block's rows of tile token 0. With `pool` the
 // block is read from there and written back there (scratch is then left without the last update); without, it stays in
 // scratch.
+template <typename S = float>
 KIMI_INLINE void run_block(const KdaRule& rule, const KdaTile& tile, int begin, int end, float* block, float* values,
-                           float* pool) {
+                           S* pool = nullptr) {
   if (begin >= end) return;
   const int64_t n = rule.key_dim;
   vf u[4] = {};
@@ -354,6 +361,9 @@ void check_kda(const P& p, const char* name) {
              name_of(p.dtype), ", got ", name_of(p.g_dtype));
   KIMI_CHECK(p.beta_dtype == p.dtype || p.beta_dtype == DType::kF32, name,
              ": beta must be float32 or have the dtype of q, ", name_of(p.dtype), ", got ", name_of(p.beta_dtype));
+  KIMI_CHECK(p.state_dtype == DType::kF32 || (p.state_dtype == DType::kBF16 && p.dtype != DType::kF32), name,
+             ": state must be float32, or bfloat16 with inputs of 16 bits, got ", name_of(p.state_dtype),
+             " with inputs of ", name_of(p.dtype));
 }
 
 }  // namespace kimi

@@ -20,7 +20,7 @@ namespace {
 constexpr int kTile = 16;  // kMaxDecodeTokens, padded for vectors over tokens
 static_assert(kTile >= kMaxDecodeTokens);
 
-template <typename T>
+template <typename T, typename S>
 void run_sequence(const KdaDecodeParams& p, int64_t n, int64_t hv, int64_t first_block, int64_t last_block,
                   float* scratch) {
   const int num_tokens = static_cast<int>(p.tokens_per_sequence);
@@ -36,18 +36,20 @@ void run_sequence(const KdaDecodeParams& p, int64_t n, int64_t hv, int64_t first
   const KdaRule rule = rule_of(p);
   const KdaTile tile = tile_at(scratch, kTile, p.key_dim, p.value_dim);
   float* block = scratch + tile_floats(kTile, p.key_dim, p.value_dim);
-  float* state = p.state + p.slots[n] * p.state_slot_stride + hv * p.value_dim * p.key_dim;
-  for (int64_t i = 0; i < kRows * p.key_dim; i += 16) __builtin_prefetch(state + first_row * p.key_dim + i, 0, 2);
+  S* state = static_cast<S*>(p.state) + p.slots[n] * p.state_slot_stride + hv * p.value_dim * p.key_dim;
+  for (int64_t i = 0; i < kRows * p.key_dim; i += 64 / sizeof(S))
+    __builtin_prefetch(state + first_row * p.key_dim + i, 0, 2);
   prepare(rule, head, 0, num_tokens, first_row, last_row, tile);
   for (int64_t row = first_row; row < last_row; row += kRows) {
-    float *pool = state + row * p.key_dim, *values = tile.values + row;
+    S* pool = state + row * p.key_dim;
+    float* values = tile.values + row;
     if (commit == num_tokens) {
       run_block(rule, tile, 0, num_tokens, block, values, pool);
     } else {
       load_block(pool, p.key_dim, block);
-      run_block(rule, tile, 0, commit, block, values, nullptr);
+      run_block(rule, tile, 0, commit, block, values);
       if (commit > 0) store_block(block, p.key_dim, pool);
-      run_block(rule, tile, commit, num_tokens, block, values, nullptr);
+      run_block(rule, tile, commit, num_tokens, block, values);
     }
   }
   write_out(rule, head, 0, num_tokens, first_row, last_row, tile);
@@ -63,14 +65,16 @@ void kda_decode(const KdaDecodeParams& p) {
   while (shares < num_blocks && heads * shares < max_threads()) ++shares;
   const size_t scratch_bytes = kda_decode_workspace_bytes(p) / max_threads();
   const int64_t work = heads * p.value_dim * p.key_dim * (2 + p.tokens_per_sequence) / 4;
-  KIMI_CPU_DISPATCH_DTYPE(p.dtype, T, [&] {
+  const auto run = [&]<typename T, typename S>() {
     parallel_for(heads * shares, work, [&](int64_t i, int thread) {
       const int64_t head = i / shares, share = i % shares;
-      run_sequence<T>(p, head / p.num_value_heads, head % p.num_value_heads, share * num_blocks / shares,
-                      (share + 1) * num_blocks / shares,
-                      reinterpret_cast<float*>(static_cast<char*>(p.workspace) + thread * scratch_bytes));
+      run_sequence<T, S>(p, head / p.num_value_heads, head % p.num_value_heads, share * num_blocks / shares,
+                         (share + 1) * num_blocks / shares,
+                         reinterpret_cast<float*>(static_cast<char*>(p.workspace) + thread * scratch_bytes));
     });
-  });
+  };
+  KIMI_CPU_DISPATCH_DTYPE(p.dtype, T,
+                          [&] { KIMI_CPU_DISPATCH_DTYPE(p.state_dtype, S, [&] { run.template operator()<T, S>(); }); });
 }
 
 void kda_decode_fused(const KdaDecodeFusedParams& p) {

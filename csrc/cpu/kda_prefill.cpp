@@ -16,7 +16,7 @@ namespace {
 constexpr int kTile = kSnapshotTokens;  // tokens prepared at once; snapshots fall on its edges
 
 // Rows [first_block, last_block) * kRows of value head hv of sequence n.
-template <typename T>
+template <typename T, typename S>
 void run_sequence(const KdaPrefillParams& p, int64_t n, int64_t hv, int64_t first_block, int64_t last_block,
                   float* scratch) {
   const int64_t begin = p.cu_seqlens[n], num_tokens = p.cu_seqlens[n + 1] - begin;
@@ -33,7 +33,7 @@ void run_sequence(const KdaPrefillParams& p, int64_t n, int64_t hv, int64_t firs
   float* state = scratch + tile_floats(kTile, p.key_dim, p.value_dim);
   const int64_t block_floats = kRows * p.key_dim;
   const auto pool = [&](int32_t slot) {
-    return p.state + slot * p.state_slot_stride + (hv * p.value_dim + first_row) * p.key_dim;
+    return static_cast<S*>(p.state) + slot * p.state_slot_stride + (hv * p.value_dim + first_row) * p.key_dim;
   };
   const auto store_state = [&](int32_t slot) {
     for (int64_t b = 0; b < num_blocks; ++b)
@@ -50,7 +50,7 @@ void run_sequence(const KdaPrefillParams& p, int64_t n, int64_t hv, int64_t firs
     const int count = static_cast<int>(num_tokens - t < kTile ? num_tokens - t : kTile);
     prepare(rule, head, t, count, first_row, last_row, tile);
     for (int64_t b = 0; b < num_blocks; ++b)
-      run_block(rule, tile, 0, count, state + b * block_floats, tile.values + first_row + b * kRows, nullptr);
+      run_block(rule, tile, 0, count, state + b * block_floats, tile.values + first_row + b * kRows);
     write_out(rule, head, t, count, first_row, last_row, tile);
     const int64_t snapshot = t / kTile;
     if (count == kTile && snapshot < p.num_snapshots) {
@@ -70,14 +70,16 @@ void kda_prefill(const KdaPrefillParams& p) {
   while (shares < num_blocks && heads * shares < max_threads()) ++shares;
   const size_t scratch_bytes = kda_prefill_workspace_bytes(p) / max_threads();
   const int64_t work = 4 * p.num_tokens * p.num_value_heads * p.value_dim * p.key_dim / kLanes;
-  KIMI_CPU_DISPATCH_DTYPE(p.dtype, T, [&] {
+  const auto run = [&]<typename T, typename S>() {
     parallel_for(heads * shares, work, [&](int64_t i, int thread) {
       const int64_t head = i / shares, share = i % shares;
-      run_sequence<T>(p, head / p.num_value_heads, head % p.num_value_heads, share * num_blocks / shares,
-                      (share + 1) * num_blocks / shares,
-                      reinterpret_cast<float*>(static_cast<char*>(p.workspace) + thread * scratch_bytes));
+      run_sequence<T, S>(p, head / p.num_value_heads, head % p.num_value_heads, share * num_blocks / shares,
+                         (share + 1) * num_blocks / shares,
+                         reinterpret_cast<float*>(static_cast<char*>(p.workspace) + thread * scratch_bytes));
     });
-  });
+  };
+  KIMI_CPU_DISPATCH_DTYPE(p.dtype, T,
+                          [&] { KIMI_CPU_DISPATCH_DTYPE(p.state_dtype, S, [&] { run.template operator()<T, S>(); }); });
 }
 
 }  // namespace kimi::cpu::KIMI_ISA

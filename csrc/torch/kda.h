@@ -67,7 +67,6 @@ void set_kda_params(P& p, const std::string& op, const Tensor& first, const Tens
   check_tokens(beta, "beta", {p.num_value_heads});
   check_tokens(out, "out", {p.num_value_heads, p.value_dim});
   check_like(out, name("out").c_str(), first);
-  check_f32(state, name("state").c_str());
   check_device(state, name("state").c_str(), first);
   check_contiguous_from(state, name("state").c_str(), 1);
   check_i32(slots, name("slots").c_str());
@@ -91,7 +90,7 @@ void set_kda_params(P& p, const std::string& op, const Tensor& first, const Tens
   p.beta = pointer(beta);
   p.A_log = pointer<float>(options.A_log);
   p.dt_bias = pointer<float>(options.dt_bias);
-  p.state = mutable_pointer<float>(state);
+  p.state = mutable_pointer(state);
   p.slots = pointer<int32_t>(slots);
   p.out = mutable_pointer(out);
   p.g_token_stride = token_stride_of(g, name("g").c_str(), token_dims);
@@ -108,6 +107,7 @@ void set_kda_params(P& p, const std::string& op, const Tensor& first, const Tens
   p.use_beta_sigmoid = options.use_beta_sigmoid;
   p.g_dtype = dtype_of(g, name("g").c_str());
   p.beta_dtype = dtype_of(beta, name("beta").c_str());
+  p.state_dtype = dtype_of(state, name("state").c_str());
 }
 
 // q, k [tokens..., num_heads, key_dim] and v [tokens..., num_value_heads, value_dim]; sizes of `p` are set.

@@ -28,19 +28,29 @@ class OutOfPages(CacheError):
 
 
 class KdaCache:
-    """Pool of state slots for all KDA layers: recurrent states (float32) and the last 3 inputs of the short convolution.
+    """Pool of state slots for all KDA layers: recurrent states and the last 3 inputs of the short convolution.
 
     Attributes:
-        recurrent: ``[layers, slots, heads, V, K]`` float32.
+        recurrent: ``[layers, slots, heads, V, K]``, `state_dtype`: float32, or bfloat16 for half the bytes (beside a model in 16 bits).
+            A bfloat16 state is rounded after every call of an operator; docs/kda.md measures what that costs.
         conv: ``[layers, slots, 3, 3 * heads * head_dim]`` in the model's dtype; row 0 is the oldest input.
 
     A fresh slot holds stale values: the first prefill of a sequence must say that it has no initial state.
     """
 
-    def __init__(self, config: KimiLinearConfig, num_slots: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        config: KimiLinearConfig,
+        num_slots: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32,
+    ):
         dtype = dtype or getattr(torch, config.dtype)
+        if state_dtype != torch.float32 and (state_dtype != torch.bfloat16 or dtype == torch.float32):
+            raise ValueError(f"KDA states must be float32, or bfloat16 beside a model in 16 bits, got {state_dtype} beside {dtype}")
         layers, heads, dim = len(config.kda_layers), config.kda_num_heads, config.kda_head_dim
-        self.recurrent = torch.empty(layers, num_slots, heads, dim, dim, dtype=torch.float32, device=device)
+        self.recurrent = torch.empty(layers, num_slots, heads, dim, dim, dtype=state_dtype, device=device)
         self.conv = torch.empty(layers, num_slots, config.short_conv_kernel_size - 1, 3 * config.kda_dim, dtype=dtype, device=device)
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))

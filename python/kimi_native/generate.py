@@ -178,6 +178,8 @@ class Engine:
         num_pages: latent pages of 64 tokens (default: 4,096 tokens for each of max_num_seqs).
         prefill_chunk: prompt tokens in a step, a multiple of 64 (default: 2048, on a GPU 8192).
         cuda_graphs: replay decode steps as CUDA graphs (default: on a GPU).
+        kda_state_dtype: torch.float32, or torch.bfloat16 for half the bytes of a slot, where it matters more than a state's last
+            bits (docs/kda.md). Not with a model that is `batch_invariant`: what is rounded then depends on where a prompt is cut.
 
     A request that can never fit, or whose next page cannot be had, ends with an event of finish_reason "error" that says so;
     the others go on unharmed.
@@ -192,6 +194,7 @@ class Engine:
         num_pages: int | None = None,
         prefill_chunk: int | None = None,
         cuda_graphs: bool | None = None,
+        kda_state_dtype: torch.dtype = torch.float32,
     ):
         on_gpu = model.device.type == "cuda"
         if prefill_chunk is None:
@@ -201,9 +204,11 @@ class Engine:
             raise ValueError("cuda_graphs needs a model on a GPU")
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
+        if model.batch_invariant and kda_state_dtype != torch.float32:
+            raise ValueError("a batch_invariant model needs KDA states in float32")
         self.model, self.max_num_seqs, self.prefill_chunk = model, max_num_seqs, prefill_chunk
         self.kda, self.latent = model.make_caches(
-            max_num_seqs if num_slots is None else num_slots, max_num_seqs * 64 if num_pages is None else num_pages
+            max_num_seqs if num_slots is None else num_slots, max_num_seqs * 64 if num_pages is None else num_pages, kda_state_dtype
         )
         self._graphs: DecodeGraphs | None = None
         if on_gpu if cuda_graphs is None else cuda_graphs:

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: one replay instead of some 400 launches.
+"""Decode steps as CUDA graphs: one replay instead of a launch for every operator of every layer.
 
 A graph is captured for a number of rows, over input tensors of its own that each step fills in; a step of fewer sequences is
 padded with rows of slot -1, which cost no memory traffic and write nothing. All of a model's weights and both cache pools are

@@ -245,7 +245,8 @@ class KimiLinear:
         Args:
             path_or_hub_id: a directory with `config.json` and safetensors, or a hub id such as
                 "moonshotai/Kimi-Linear-48B-A3B-Instruct", downloaded through `huggingface_hub` into its cache.
-            device: "cpu" or "cuda". Tensors stream from the files to the device; the host never holds more than one shard.
+            device: "cpu" or "cuda". Tensors stream from the files to the device: for a GPU the host holds one shard at a
+                time, never the whole model.
             dtype: of weights and activations: torch.float32, torch.bfloat16 or, on a GPU, torch.float16 (default: the config's).
             batch_invariant: see `__init__`.
             progress: show a progress bar on stderr.
@@ -338,10 +339,10 @@ class KimiLinear:
             sequence.num_tokens += len(chunk)
         return torch.cat(parts)
 
-    def make_caches(self, num_slots: int, num_pages: int) -> tuple[KdaCache, LatentCache]:
-        """Pools for this model on its device and in its dtype."""
+    def make_caches(self, num_slots: int, num_pages: int, kda_state_dtype: torch.dtype = torch.float32) -> tuple[KdaCache, LatentCache]:
+        """Pools for this model on its device and in its dtype. Raises ValueError for a `kda_state_dtype` that `KdaCache` does not take."""
         return (
-            KdaCache(self.config, num_slots, self.device, self.dtype),
+            KdaCache(self.config, num_slots, self.device, self.dtype, kda_state_dtype),
             LatentCache(self.config, num_pages, self.device, self.dtype),
         )
 

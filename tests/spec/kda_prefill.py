@@ -38,10 +38,12 @@ def kda(
     scale=None,
     use_qk_l2norm=True,
     use_beta_sigmoid=True,
+    dtype=torch.float64,
 ):
-    """q, k [T, H, K], v [T, HV, V], g [T, HV, K], beta [T, HV], state [HV, V, K], any float dtype. Returns (o, state), fp64."""
-    q, k, v, beta, state = q.double(), k.double(), v.double(), beta.double(), state.double().clone()
-    decay = log_decay(g, gate, A_log, dt_bias, lower_bound).exp()
+    """q, k [T, H, K], v [T, HV, V], g [T, HV, K], beta [T, HV], state [HV, V, K], any float dtype. Returns (o, state), computed in
+    `dtype`: in float32 it is not the truth but what plain arithmetic of that precision makes of it."""
+    q, k, v, beta, state = (x.to(dtype, copy=True) for x in (q, k, v, beta, state))
+    decay = log_decay(g, gate, A_log, dt_bias, lower_bound).exp().to(dtype)
     if use_qk_l2norm:
         q = q / torch.sqrt(q.pow(2).sum(-1, keepdim=True) + 1e-6)
         k = k / torch.sqrt(k.pow(2).sum(-1, keepdim=True) + 1e-6)

@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include "cuda/common/dispatch.h"
 #include "cuda/common/shared_memory.h"
 #include "cuda/common/types.h"
 #include "kimi/common.h"
@@ -50,25 +51,6 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
 // Fills memory on the stream, as memset does.
 inline void memset_async(void* to, int value, size_t bytes, cudaStream_t stream) {
   if (bytes > 0) KIMI_CUDA_CHECK(cudaMemsetAsync(to, value, bytes, stream));
-}
-
-// run.template operator()<T>() for the element type T of `dtype`: float, Bf16 or Fp16.
-template <typename Run>
-decltype(auto) dispatch_dtype(DType dtype, Run&& run) {
-  switch (dtype) {
-    case DType::kF32:
-      return run.template operator()<float>();
-    case DType::kBF16:
-      return run.template operator()<Bf16>();
-    default:
-      return run.template operator()<Fp16>();
-  }
-}
-
-// The same for the 16-bit types; `dtype` is one of them.
-template <typename Run>
-decltype(auto) dispatch_half(DType dtype, Run&& run) {
-  return dtype == DType::kBF16 ? run.template operator()<Bf16>() : run.template operator()<Fp16>();
 }
 
 }  // namespace kimi::cuda

@@ -3,9 +3,9 @@
 // Grid: (slice of state rows, value head, sequence). A row of the state (one value dimension) evolves
 // on its own, so slices never change a bit; the fused form with its norm over all rows takes one block per head.
 //
-// The state is read once and written once, 2 * 4 * value_dim * key_dim bytes a head (128 KB at 128 x 128), whatever the
-// number of tokens: that is what bounds the kernel. It goes straight to registers and back, in 16-byte accesses, and
-// all loads of a block are under way before anything else is looked at:
+// The state is read once and written once, 2 * 4 * value_dim * key_dim bytes a head (128 KB at 128 x 128; half of it
+// for a state in bf16), whatever the number of tokens: that is what bounds the kernel. It goes straight to registers
+// and back, in accesses of four elements, and all loads of a block are under way before anything else is looked at:
 //
 //   a warp reads 4 rows at once, 8 lanes a row; lane l of a row holds columns 4 l .. 4 l + 3 of every 32
 //   a thread holds kRows such rows: 64 floats at key_dim 128, so that 256 threads hold a head of 128 x 128
@@ -40,9 +40,10 @@ inline constexpr int64_t kMaxGridZ = 65535;
 // How the kernel is compiled. kVectors: 16-byte vectors that a thread holds of each of its rows. Ordinarily key_dim is
 // exactly 32 * kVectors and all memory is aligned for accesses of four elements; with kGeneral it is anything up to
 // that, and elements are accessed one by one. Zeros beyond key_dim change no sum, so that both give the same bits.
-template <typename Element, int kVectors_, bool kFused_, bool kGeneral_>
+template <typename Element, typename StateElement, int kVectors_, bool kFused_, bool kGeneral_>
 struct Config {
   using T = Element;
+  using State = StateElement;  // float or Bf16
   static constexpr int kVectors = kVectors_;
   static constexpr bool kFused = kFused_, kGeneral = kGeneral_;
   static constexpr int kKeys = kRowLanes * 4 * kVectors;
@@ -306,27 +307,28 @@ template <typename Config>
 struct StateTile {
   static constexpr int kRows = Config::kRows, kVectors = Config::kVectors, kKeys = Config::kKeys;
   static constexpr bool kGeneral = Config::kGeneral;
+  using State = typename Config::State;
   float s[kRows][kVectors][4];
 
   // `at`: the thread's first column of its first row, `lane` its place in the row.
-  __device__ __forceinline__ void load(const float* at, int lane, int key_dim) {
+  __device__ __forceinline__ void load(const State* at, int lane, int key_dim) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        Packed<float, 4> v = {};
+        Packed<State, 4> v = {};
         if (!kGeneral || 32 * j + 4 * lane < key_dim) v = load4<kGeneral>(at + r * kRowsAtOnce * key_dim + 32 * j);
         v.unpack(s[r][j]);
       }
     }
   }
-  __device__ __forceinline__ void store(float* at, int lane, int key_dim) const {
+  __device__ __forceinline__ void store(State* at, int lane, int key_dim) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         if (!kGeneral || 32 * j + 4 * lane < key_dim)
-          store4<kGeneral>(at + r * kRowsAtOnce * key_dim + 32 * j, Packed<float, 4>::pack(s[r][j]));
+          store4<kGeneral>(at + r * kRowsAtOnce * key_dim + 32 * j, Packed<State, 4>::pack(s[r][j]));
       }
     }
   }
@@ -390,7 +392,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
   // Phase 1: all loads of the state.
   const int row_lane = lane % kRowLanes;
   int row = first_row + warp * kWarpRows + lane / kRowLanes;
-  float* at = p.kda.state + slot * p.kda.state_slot_stride + (hv * value_dim + row) * key_dim + 4 * row_lane;
+  auto* at = static_cast<typename Config::State*>(p.kda.state) + slot * p.kda.state_slot_stride +
+             (hv * value_dim + row) * key_dim + 4 * row_lane;
   StateTile<Config> tile;
   if (slot >= 0 && row < end_row) tile.load(at, row_lane, key_dim);
 
@@ -472,15 +475,21 @@ void launch_kernel(const KdaDecodeFusedParams& p, bool aligned, ShapeOf&& shape_
                static_cast<int>(p.kda.num_value_heads / p.kda.num_heads), first);
       }
     };
-    if (aligned && p.kda.key_dim == 64) {
-      run.template operator()<Config<T, 2, kFused, false>>();
-    } else if (aligned && p.kda.key_dim == 128) {
-      run.template operator()<Config<T, 4, kFused, false>>();
-    } else if (aligned && p.kda.key_dim == 256) {
-      run.template operator()<Config<T, 8, kFused, false>>();
-    } else {
-      run.template operator()<Config<T, 8, kFused, true>>();
+    const auto run_with_state = [&]<typename State>() {
+      if (aligned && p.kda.key_dim == 64) {
+        run.template operator()<Config<T, State, 2, kFused, false>>();
+      } else if (aligned && p.kda.key_dim == 128) {
+        run.template operator()<Config<T, State, 4, kFused, false>>();
+      } else if (aligned && p.kda.key_dim == 256) {
+        run.template operator()<Config<T, State, 8, kFused, false>>();
+      } else {
+        run.template operator()<Config<T, State, 8, kFused, true>>();
+      }
+    };
+    if constexpr (sizeof(T) == 2) {
+      if (p.kda.state_dtype == DType::kBF16) return run_with_state.template operator()<Bf16>();
     }
+    run_with_state.template operator()<float>();
   });
 }
 

@@ -241,9 +241,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
     }
     return;
   }
-  const auto rows_of = [&](int of_slot) {
-    return p.state + of_slot * p.state_slot_stride + (static_cast<int64_t>(head) * V + first_value) * K;
-  };
+  const auto rows_of = [&](int of_slot) { return state_rows(p, segment.wide_state, of_slot, head, first_value); };
 
   // Phase 2: the first images, and the state.
   const char* next_image =
@@ -275,7 +273,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   for (int i = 1; i < segment.stages; ++i) copy_image();
   float s[K / 8][4];
   const bool fresh = first == 0 && p.has_initial_state && !p.has_initial_state[sequence];
-  load_state<K / 32>(s, rows_of(slot), K, segment.wide_state, fresh);
+  load_state<K / 32>(s, rows_of(slot), K, fresh);
 
   // Phase 3: the chunks.
   int stage_index = 0;
@@ -314,18 +312,18 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
       write_rows(rows, out_of_chunk, p.out_token_stride, count, segment.wide_out);
     } else {
       const int64_t token = begin + static_cast<int64_t>(chunk) * kChunk;
-      store_state<K / 32>(s, rows_of(slot), K, segment.wide_state);
-      run_tokens_in_pool<T, K / 32>(p, head, first_value, token, token + count, rows_of(slot), segment.wide_state);
-      load_state<K / 32>(s, rows_of(slot), K, segment.wide_state, false);
+      store_state<K / 32>(s, rows_of(slot), K);
+      run_tokens_in_pool<T, K / 32>(p, head, first_value, token, token + count, rows_of(slot));
+      load_state<K / 32>(s, rows_of(slot), K, false);
     }
     if (count == kChunk && chunk < p.num_snapshots) {
       const int to = p.snapshot_slots[sequence * p.num_snapshots + chunk];
-      if (to >= 0) store_state<K / 32>(s, rows_of(to), K, segment.wide_state);
+      if (to >= 0) store_state<K / 32>(s, rows_of(to), K);
     }
   }
 
   // Phase 4: the state, for the next segment or the caller.
-  store_state<K / 32>(s, rows_of(slot), K, segment.wide_state);
+  store_state<K / 32>(s, rows_of(slot), K);
 }
 
 }  // namespace kimi::cuda

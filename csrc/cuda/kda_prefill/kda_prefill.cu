@@ -25,7 +25,7 @@ constexpr int kTokenThreads = 128;  // of a block of the generic kernel, at most
 // ------------------------------------------------------------------------------------------------
 
 // Block = (sequence, value head, 64 values or less); key_dim <= 32 J.
-// SASS: 16-byte loads
+// SASS: 16-byte loads, stack 64 (registers are full: constants of the token loop read once in 64 tokens)
 template <typename T, int J>
 __global__ void __launch_bounds__(kTokenThreads, 1)
     kda_tokens_kernel(const __grid_constant__ KdaPrefillParams p, bool wide_state) {
@@ -45,11 +45,9 @@ __global__ void __launch_bounds__(kTokenThreads, 1)
     }
     return;
   }
-  const auto rows_of = [&](int of_slot) {
-    return p.state + of_slot * p.state_slot_stride + (static_cast<int64_t>(head) * value_dim + first_value) * key_dim;
-  };
+  const auto rows_of = [&](int of_slot) { return state_rows(p, wide_state, of_slot, head, first_value); };
   float s[4 * J][4];
-  load_state<J>(s, rows_of(slot), key_dim, wide_state, p.has_initial_state && !p.has_initial_state[sequence]);
+  load_state<J>(s, rows_of(slot), key_dim, p.has_initial_state && !p.has_initial_state[sequence]);
   const TokenReader<T, J> reader(p, head, first_value);
   for (int64_t token = begin; token < end; token += kChunk) {
     const int64_t next = token + kChunk < end ? token + kChunk : end;
@@ -57,14 +55,14 @@ __global__ void __launch_bounds__(kTokenThreads, 1)
     const int64_t snapshot = (token - begin) / kChunk;
     if (next - token == kChunk && snapshot < p.num_snapshots) {
       const int to = p.snapshot_slots[sequence * p.num_snapshots + snapshot];
-      if (to >= 0) store_state<J>(s, rows_of(to), key_dim, wide_state);
+      if (to >= 0) store_state<J>(s, rows_of(to), key_dim);
     }
   }
-  store_state<J>(s, rows_of(slot), key_dim, wide_state);
+  store_state<J>(s, rows_of(slot), key_dim);
 }
 
 bool wide_state(const KdaPrefillParams& p) {
-  return aligned_to(16, p.state) && multiples_of(4, p.state_slot_stride);
+  return aligned_to(16, p.state) && multiples_of(16 / size_of(p.state_dtype), p.state_slot_stride);
 }
 
 void run_tokens(const KdaPrefillParams& p, cudaStream_t stream) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/common/activations.h"
+#include "cuda/common/packed.h"
 #include "cuda/common/reduce.h"
 #include "cuda/kda_prefill/image.cuh"
 
@@ -17,58 +18,100 @@ __device__ __forceinline__ int value_row(int g, int r) {
   return 4 * (g / 2) + g % 2 + 2 * r;
 }
 
-// Runs body(pointer to 8 consecutive channels, j, r) for the lane's pieces of a state [value_dim, key_dim].
+// 16 rows of a state [value_dim, key_dim] in the pool, of float or Bf16. What follows runs about once a sequence.
+struct StateRows {
+  void* data;
+  DType dtype;
+  bool wide;  // whether 8 channels are aligned to 16 bytes
+};
+
+__device__ __forceinline__ StateRows state_rows(const KdaPrefillParams& p, bool wide, int slot, int head,
+                                                int first_value) {
+  const int64_t at = slot * p.state_slot_stride + (head * p.value_dim + first_value) * p.key_dim;
+  return {static_cast<char*>(p.state) + at * (p.state_dtype == DType::kF32 ? 4 : 2), p.state_dtype, wide};
+}
+
+// Runs body(offset of 8 consecutive channels, j, r) for the lane's pieces of 16 rows.
 template <int J, typename Body>
-__device__ __forceinline__ void for_state_pieces(float* rows, int key_dim, Body&& body) {
+__device__ __forceinline__ void for_state_pieces(int key_dim, Body&& body) {
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
 #pragma unroll
     for (int j = 0; j < J; ++j) {
-      if (32 * j + 8 * t < key_dim) body(rows + static_cast<int64_t>(value_row(g, r)) * key_dim + 32 * j + 8 * t, j, r);
+      if (32 * j + 8 * t < key_dim) body(value_row(g, r) * key_dim + 32 * j + 8 * t, j, r);
+    }
+  }
+}
+
+// 8 channels of the pool, `at` elements from where `rows` begin.
+template <typename S>
+__device__ __forceinline__ void load_piece_of(const StateRows& rows, int at, float (&x)[8]) {
+  const S* from = static_cast<const S*>(rows.data) + at;
+  constexpr int kWide = 16 / sizeof(S);
+  if (rows.wide) {
+#pragma unroll
+    for (int part = 0; part < 8; part += kWide) {
+      float of_part[kWide];
+      load_packed<S, kWide>(from + part).unpack(of_part);
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) x[part + i] = of_part[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = to_float(from[i]);
+  }
+}
+template <typename S>
+__device__ __forceinline__ void store_piece_of(const StateRows& rows, int at, const float (&x)[8]) {
+  S* to = static_cast<S*>(rows.data) + at;
+  constexpr int kWide = 16 / sizeof(S);
+#pragma unroll
+  for (int part = 0; part < 8; part += kWide) {
+    float of_part[kWide];
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) of_part[i] = x[part + i];
+    if (rows.wide) {
+      store_packed(to + part, Packed<S, kWide>::pack(of_part));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) to[part + i] = from_float<S>(of_part[i]);
     }
   }
 }
 
 // s <- 16 rows of the pool (channels past key_dim become 0), or zeros.
 template <int J>
-__device__ __forceinline__ void load_state(float (&s)[4 * J][4], const float* rows, int key_dim, bool wide,
-                                           bool zeros) {
+__device__ __forceinline__ void load_state(float (&s)[4 * J][4], const StateRows& rows, int key_dim, bool zeros) {
 #pragma unroll
   for (int x = 0; x < 4 * J; ++x) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[x][i] = 0.0f;
   }
   if (zeros) return;
-  for_state_pieces<J>(const_cast<float*>(rows), key_dim, [&](const float* from, int j, int r) {
-    if (wide) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const auto piece = load_vec<float, 4>(from + 4 * half);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[4 * j + 2 * half + i / 2][2 * r + i % 2] = piece.x[i];
-      }
+  for_state_pieces<J>(key_dim, [&](int at, int j, int r) {
+    float x[8];
+    if (rows.dtype == DType::kF32) {
+      load_piece_of<float>(rows, at, x);
     } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) s[4 * j + i / 2][2 * r + i % 2] = from[i];
+      load_piece_of<Bf16>(rows, at, x);
     }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s[4 * j + i / 2][2 * r + i % 2] = x[i];
   });
 }
 
+// Rounds where the pool is of Bf16.
 template <int J>
-__device__ __forceinline__ void store_state(const float (&s)[4 * J][4], float* rows, int key_dim, bool wide) {
-  for_state_pieces<J>(rows, key_dim, [&](float* to, int j, int r) {
-    if (wide) {
+__device__ __forceinline__ void store_state(const float (&s)[4 * J][4], const StateRows& rows, int key_dim) {
+  for_state_pieces<J>(key_dim, [&](int at, int j, int r) {
+    float x[8];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Vec<float, 4> piece;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) piece.x[i] = s[4 * j + 2 * half + i / 2][2 * r + i % 2];
-        store_vec(to + 4 * half, piece);
-      }
+    for (int i = 0; i < 8; ++i) x[i] = s[4 * j + i / 2][2 * r + i % 2];
+    if (rows.dtype == DType::kF32) {
+      store_piece_of<float>(rows, at, x);
     } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) to[i] = s[4 * j + i / 2][2 * r + i % 2];
+      store_piece_of<Bf16>(rows, at, x);
     }
   });
 }
@@ -237,11 +280,11 @@ __device__ __forceinline__ void run_tokens(const TokenReader<T, J>& reader, int6
 // hardly ever needed keeps its registers.
 template <typename T, int J>
 __device__ __noinline__ void run_tokens_in_pool(const KdaPrefillParams& p, int head, int first_value, int64_t begin,
-                                                int64_t end, float* rows, bool wide) {
+                                                int64_t end, StateRows rows) {
   float s[4 * J][4];
-  load_state<J>(s, rows, static_cast<int>(p.key_dim), wide, false);
+  load_state<J>(s, rows, static_cast<int>(p.key_dim), false);
   run_tokens<T, J>(TokenReader<T, J>(p, head, first_value), begin, end, s);
-  store_state<J>(s, rows, static_cast<int>(p.key_dim), wide);
+  store_state<J>(s, rows, static_cast<int>(p.key_dim));
 }
 
 }  // namespace kimi::cuda

@@ -1,6 +1,7 @@
 // Kimi Delta Attention: what kda_prefill and kda_decode share.
 //
-// One value head hv of one sequence, q/k head h = hv / (num_value_heads / num_heads), state S[value_dim, key_dim] fp32:
+// One value head hv of one sequence, q/k head h = hv / (num_value_heads / num_heads), state S[value_dim, key_dim] in
+// fp32 arithmetic:
 //
 //   q, k   <- x / sqrt(sum x^2 + 1e-6)  (use_qk_l2norm),  q <- scale * q
 //   beta   <- sigmoid(beta)             (use_beta_sigmoid)

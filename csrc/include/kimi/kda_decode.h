@@ -12,15 +12,15 @@ namespace kimi {
 inline constexpr int kMaxDecodeTokens = 8;
 
 struct KdaDecodeParams {
-  const void* q = nullptr;              // [num_sequences * tokens_per_sequence, num_heads, key_dim] dtype
-  const void* k = nullptr;              // as q
-  const void* v = nullptr;              // [num_sequences * tokens_per_sequence, num_value_heads, value_dim] dtype
-  const void* g = nullptr;              // [num_sequences * tokens_per_sequence, num_value_heads, key_dim] g_dtype
-  const void* beta = nullptr;           // [num_sequences * tokens_per_sequence, num_value_heads] beta_dtype
-  const float* A_log = nullptr;         // [num_value_heads]; may be null (rate 1) with the bounded gate
-  const float* dt_bias = nullptr;       // [num_value_heads, key_dim] contiguous; may be null (0)
-  float* state = nullptr;               // [slots, num_value_heads, value_dim, key_dim], a slot is contiguous
-  const int32_t* slots = nullptr;       // [num_sequences]; -1: zeroed output rows, nothing else
+  const void* q = nullptr;         // [num_sequences * tokens_per_sequence, num_heads, key_dim] dtype
+  const void* k = nullptr;         // as q
+  const void* v = nullptr;         // [num_sequences * tokens_per_sequence, num_value_heads, value_dim] dtype
+  const void* g = nullptr;         // [num_sequences * tokens_per_sequence, num_value_heads, key_dim] g_dtype
+  const void* beta = nullptr;      // [num_sequences * tokens_per_sequence, num_value_heads] beta_dtype
+  const float* A_log = nullptr;    // [num_value_heads]; may be null (rate 1) with the bounded gate
+  const float* dt_bias = nullptr;  // [num_value_heads, key_dim] contiguous; may be null (0)
+  void* state = nullptr;           // [slots, num_value_heads, value_dim, key_dim] state_dtype, a slot is contiguous
+  const int32_t* slots = nullptr;  // [num_sequences]; -1: zeroed output rows, nothing else
   const int32_t* num_commit = nullptr;  // [num_sequences], 0 to tokens_per_sequence; null: all
   void* out = nullptr;                  // as v
   void* workspace = nullptr;            // kda_decode_workspace_bytes(p) of the backend; null where that is 0
@@ -53,6 +53,7 @@ struct KdaDecodeParams {
   DType dtype = DType::kF32;
   DType g_dtype = DType::kF32;  // dtype or float32
   DType beta_dtype = DType::kF32;
+  DType state_dtype = DType::kF32;  // or bfloat16, with inputs of 16 bits: rounded once at the end of a call
 };
 
 struct KdaDecodeFusedParams {

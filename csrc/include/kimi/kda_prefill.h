@@ -10,15 +10,15 @@
 namespace kimi {
 
 struct KdaPrefillParams {
-  const void* q = nullptr;                  // [num_tokens, num_heads, key_dim] dtype
-  const void* k = nullptr;                  // [num_tokens, num_heads, key_dim] dtype
-  const void* v = nullptr;                  // [num_tokens, num_value_heads, value_dim] dtype
-  const void* g = nullptr;                  // [num_tokens, num_value_heads, key_dim] g_dtype: raw gate
-  const void* beta = nullptr;               // [num_tokens, num_value_heads] beta_dtype
-  const float* A_log = nullptr;             // [num_value_heads]; may be null (rate 1) with the bounded gate
-  const float* dt_bias = nullptr;           // [num_value_heads, key_dim] contiguous; may be null (0)
-  float* state = nullptr;                   // [slots, num_value_heads, value_dim, key_dim], a slot is contiguous
-  const int32_t* slots = nullptr;           // [num_sequences]; -1: zeroed output rows, nothing else
+  const void* q = nullptr;         // [num_tokens, num_heads, key_dim] dtype
+  const void* k = nullptr;         // [num_tokens, num_heads, key_dim] dtype
+  const void* v = nullptr;         // [num_tokens, num_value_heads, value_dim] dtype
+  const void* g = nullptr;         // [num_tokens, num_value_heads, key_dim] g_dtype: raw gate
+  const void* beta = nullptr;      // [num_tokens, num_value_heads] beta_dtype
+  const float* A_log = nullptr;    // [num_value_heads]; may be null (rate 1) with the bounded gate
+  const float* dt_bias = nullptr;  // [num_value_heads, key_dim] contiguous; may be null (0)
+  void* state = nullptr;           // [slots, num_value_heads, value_dim, key_dim] state_dtype, a slot is contiguous
+  const int32_t* slots = nullptr;  // [num_sequences]; -1: zeroed output rows, nothing else
   const int32_t* cu_seqlens = nullptr;      // [num_sequences + 1]
   const bool* has_initial_state = nullptr;  // [num_sequences]; false: zeros, whatever the slot holds; null: all true
   const int32_t* snapshot_slots = nullptr;  // [num_sequences, num_snapshots]; [n, m]: slot that gets the state after
@@ -55,6 +55,7 @@ struct KdaPrefillParams {
   DType dtype = DType::kF32;
   DType g_dtype = DType::kF32;  // dtype or float32
   DType beta_dtype = DType::kF32;
+  DType state_dtype = DType::kF32;  // or bfloat16, with inputs of 16 bits: rounded once at the end of a call
 };
 
 void validate(const KdaPrefillParams& p);

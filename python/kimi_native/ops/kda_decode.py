@@ -35,7 +35,8 @@ def kda_decode(
         v: ``[B, S, HV, V]``, the dtype of ``q``. HV is a multiple of H; K and V are multiples of 16 from 16 to 256.
         g: ``[B, S, HV, K]``, raw gate, the dtype of ``q`` or float32.
         beta: ``[B, S, HV]``, the dtype of ``q`` or float32: a logit, or the step itself without ``use_beta_sigmoid``.
-        state: ``[slots, HV, V, K]`` float32, each slot contiguous. Updated in place.
+        state: ``[slots, HV, V, K]`` float32, or bfloat16 with inputs of 16 bits; each slot contiguous. Updated in place: in bfloat16
+            rounded once a call, which costs what docs/kda.md measures.
         slots: ``[B]`` int32, the slot of each sequence. -1: the sequence's output rows are zeroed, nothing else happens.
             Two sequences must not share a slot.
         gate, A_log, dt_bias, lower_bound, scale, use_qk_l2norm, use_beta_sigmoid: as in :func:`kda_prefill`.
@@ -108,7 +109,7 @@ def kda_decode_fused(
         conv_state: ``[slots, 3, C]``, the dtype of ``qkv``; row 0 is the oldest input. Updated in place.
         g: ``[B, S, HV, K]``, raw gate, the dtype of ``qkv`` or float32.
         beta: ``[B, S, HV]``, the dtype of ``qkv`` or float32.
-        state: ``[slots, HV, V, K]`` float32. Updated in place; HV and V are taken from here.
+        state: ``[slots, HV, V, K]`` float32, or bfloat16 with inputs of 16 bits. Updated in place; HV and V are taken from here.
         slots: ``[B]`` int32, for both pools. -1: the sequence's output rows are zeroed, nothing else happens.
         num_heads: H, the number of q and of k heads.
         head_dim: K.

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <utility>
 
+#include "cuda/common/dispatch.h"
 #include "cuda/common/shared_memory.h"
 #include "cuda/common/types.h"
 #include "emulator.h"
@@ -37,23 +38,6 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
 
 inline void memset_async(void* to, int value, size_t bytes, cudaStream_t) {
   std::memset(to, value, bytes);
-}
-
-template <typename Run>
-decltype(auto) dispatch_dtype(DType dtype, Run&& run) {
-  switch (dtype) {
-    case DType::kF32:
-      return run.template operator()<float>();
-    case DType::kBF16:
-      return run.template operator()<Bf16>();
-    default:
-      return run.template operator()<Fp16>();
-  }
-}
-
-template <typename Run>
-decltype(auto) dispatch_half(DType dtype, Run&& run) {
-  return dtype == DType::kBF16 ? run.template operator()<Bf16>() : run.template operator()<Fp16>();
 }
 
 }  // namespace kimi::cuda
