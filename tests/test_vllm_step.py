@@ -19,6 +19,7 @@ class Metadata:
     seq_lens_cpu_upper_bound: torch.Tensor | None
     seq_lens: torch.Tensor
     is_prefilling: torch.Tensor | None
+    num_reqs: int
     num_actual_tokens: int
     max_query_len: int
 
@@ -35,6 +36,7 @@ def metadata(*sequences: tuple[int, int], prompts: tuple[int, ...] | None = None
         seq_lens_cpu_upper_bound=totals,
         seq_lens=totals,
         is_prefilling=None if prompts is None else past < torch.tensor(prompts),
+        num_reqs=len(sequences),
         num_actual_tokens=int(new.sum()) + padding,
         max_query_len=max(int(new.max()), 1),
     )
@@ -61,6 +63,13 @@ def test_a_step_of_single_tokens_is_all_decode():
 
 def test_padding_after_prefills_is_no_sequence():
     step = Step.of(metadata((10, 1), (0, 9), (0, 0), (0, 0), prompts=(4, 9, 0, 0)))
+    assert (step.num_decodes, step.num_prefills, step.num_tokens) == (1, 1, 10)
+
+
+def test_the_host_may_hold_more_starts_than_requests():
+    m = metadata((10, 1), (0, 9), prompts=(4, 9))
+    m.query_start_loc_cpu = torch.cat([m.query_start_loc_cpu, torch.full((3,), 10, dtype=torch.int32)])
+    step = Step.of(m)
     assert (step.num_decodes, step.num_prefills, step.num_tokens) == (1, 1, 10)
 
 

@@ -2,6 +2,7 @@
 that holds `vllm/`, as an unpacked wheel does). Nothing of vLLM is imported, so any version can be checked on any machine."""
 
 import ast
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ def sources() -> Path:
     return Path(spec.submodule_search_locations[0]).parent
 
 
+@functools.cache
 def module_body(root: Path, module: str) -> list[ast.stmt]:
     path = root.joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")

@@ -1,9 +1,11 @@
 """The one patch of vLLM, installed only where vLLM runs on a CPU.
 
 `CpuPlatform.check_and_update_config` turns chunked prefill and prefix caching off for every model with latent attention, because
-vLLM's own CPU kernels for it (outside of AMX machines) take whole prompts only. Ours take any chunk with any prefix, and no extension
-point lets a model say so. The wrapper runs vLLM's function and then, for a model that runs with our layers, puts back what was asked
-for. It touches no other model.
+vLLM's own CPU kernels for it (outside of AMX machines) take whole prompts only; and it sets the block size to the one that those
+kernels take, each time that a configuration is copied, also after workers and scheduler have agreed on a larger one (then a prompt would
+be cut where no state is kept, and a cached prefix would be continued from a wrong one). Ours take any chunk with any prefix and any
+multiple of 16, and no extension point lets a model say so. The wrapper runs vLLM's function and then, for a model that runs with our
+layers, puts back what was there. It touches no other model.
 """
 
 from __future__ import annotations
@@ -11,6 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 _ORIGINAL = "_kimi_native_original"
+_KEPT = [
+    ("scheduler_config", "enable_chunked_prefill"), ("scheduler_config", "max_num_batched_tokens"),
+    ("cache_config", "enable_prefix_caching"), ("cache_config", "block_size"),
+]  # fmt: skip
 
 
 def keep_chunked_prefill() -> None:
@@ -26,12 +32,12 @@ def keep_chunked_prefill() -> None:
     original = vars(CpuPlatform)["check_and_update_config"]
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        asked = _schedule(vllm_config)
+        before = {(part, name): getattr(getattr(vllm_config, part), name) for part, name in _KEPT}
         original.__func__(cls, vllm_config)
-        if vllm_config.model_config is not None and _schedule(vllm_config) != asked and _is_ours(vllm_config):
-            scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
-            scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens = asked
-            _logger().info_once("kimi_native: chunked prefill and prefix caching are as asked for; its CPU kernels take both")
+        if vllm_config.model_config is not None and _is_ours(vllm_config):
+            for (part, name), value in before.items():
+                setattr(getattr(vllm_config, part), name, value)
+            _logger().info_once("kimi_native: its CPU kernels take chunked prefill and prefix caching, which stay as they were asked for")
 
     setattr(CpuPlatform, _ORIGINAL, original)
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
@@ -44,11 +50,6 @@ def restore() -> None:
     if _ORIGINAL in vars(CpuPlatform):
         CpuPlatform.check_and_update_config = vars(CpuPlatform)[_ORIGINAL]
         delattr(CpuPlatform, _ORIGINAL)
-
-
-def _schedule(vllm_config: Any) -> tuple[bool, bool, int]:
-    scheduler = vllm_config.scheduler_config
-    return scheduler.enable_chunked_prefill, vllm_config.cache_config.enable_prefix_caching, scheduler.max_num_batched_tokens
 
 
 def _is_ours(vllm_config: Any) -> bool:

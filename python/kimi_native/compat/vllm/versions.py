@@ -55,6 +55,7 @@ RELIED_ON: dict[str, dict[str, tuple[str, ...] | None]] = {
         "CommonAttentionMetadata.seq_lens": None,
         "CommonAttentionMetadata.seq_lens_cpu_upper_bound": None,
         "CommonAttentionMetadata.is_prefilling": None,
+        "CommonAttentionMetadata.num_reqs": None,
         "CommonAttentionMetadata.num_actual_tokens": None,
         "CommonAttentionMetadata.max_query_len": None,
         "CommonAttentionMetadata.block_table_tensor": None,
@@ -71,8 +72,33 @@ RELIED_ON: dict[str, dict[str, tuple[str, ...] | None]] = {
     "vllm.compilation.breakable_cudagraph": {"eager_break_during_capture": ("fn",)},
     "vllm.forward_context": {"get_forward_context": ()},
     "vllm.sequence": {"IntermediateTensors": None},
+    "vllm.config.vllm": {
+        f"VllmConfig.{name}": None
+        for name in (
+            "model_config", "cache_config", "parallel_config", "scheduler_config", "compilation_config", "quant_config", "lora_config",
+            "speculative_config", "kv_transfer_config",
+        )
+    },
+    "vllm.config.parallel": {
+        f"ParallelConfig.{name}": None
+        for name in (
+            "tensor_parallel_size", "data_parallel_size", "enable_expert_parallel", "decode_context_parallel_size",
+            "prefill_context_parallel_size", "enable_eplb", "use_ubatching",
+        )
+    },
+    "vllm.config.cache": {
+        f"CacheConfig.{name}": None
+        for name in (
+            "block_size", "cache_dtype", "enable_prefix_caching", "mamba_cache_dtype", "mamba_ssm_cache_dtype", "mamba_cache_mode",
+            "use_replayssm",
+        )
+    },
+    "vllm.config.scheduler": {
+        f"SchedulerConfig.{name}": None for name in ("enable_chunked_prefill", "max_num_batched_tokens", "max_num_seqs")
+    },
+    "vllm.config.compilation": {f"CompilationConfig.{name}": None for name in ("static_forward_context", "max_cudagraph_capture_size")},
     "vllm.platforms.cpu": {"CpuPlatform.check_and_update_config": ("vllm_config",)},
-}
+}  # fmt: skip
 
 
 def installed() -> str:
