@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model_kit import replaced
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make test-integrations)")
 
@@ -16,7 +17,7 @@ from vllm_kit import TOLERANCE, Engine, Reference, engine, loses, one_key_short,
 # Tokens a step: all prompts whole; pieces on the grid of 64; pieces of an odd length, which also cut a prompt off the grid.
 WHOLE, ON_THE_GRID, OFF_THE_GRID = 4096, 64, 37
 
-PAGES = 20  # of a small pool
+PAGES = 15  # of a small pool
 
 
 @pytest.fixture(scope="module", params=[WHOLE, ON_THE_GRID, OFF_THE_GRID], ids=lambda tokens: f"{tokens}-a-step")
@@ -85,18 +86,52 @@ def test_a_mistake_would_be_seen(served: Engine, reference: Reference, operator:
     reference.check(served.answer(some))  # and it leaves nothing behind
 
 
-def test_pages_used_again(checkpoint: Path, reference: Reference, difference: Any) -> None:
-    """More requests than the engine has pages, each as right as alone on the fresh engine."""
-    requests = prompts([1, 2, 5, 17, 31, 33, 63, 64, 65, 100, 127, 129] * 3, seed=4)
+@pytest.fixture(scope="module")
+def small(checkpoint: Path) -> Iterator[Engine]:
+    """An engine with so few pages that all of them are used again and again."""
     with engine(checkpoint, max_num_seqs=4, max_num_batched_tokens=128, max_model_len=256, num_gpu_blocks_override=PAGES) as it:
-        alone = [it.answer([prompt], new_tokens=4)[0] for prompt in requests[:4]]
-        together = it.answer(requests, new_tokens=4)
         assert it.core.vllm_config.cache_config.num_gpu_blocks == PAGES
+        yield it
+
+
+def test_pages_used_again(small: Engine, reference: Reference, difference: Any) -> None:
+    """More requests than the engine has pages, each as right as alone on the fresh engine."""
+    requests = prompts([1, 2, 5, 17, 31, 33, 63, 64, 65, 100, 127, 129] * 2, seed=4)
     assert len(requests) > PAGES  # and every request takes at least one page of states and one of latents
+    alone = [small.answer([prompt], new_tokens=4)[0] for prompt in requests[:4]]
+    together = small.answer(requests, new_tokens=4)
     for before, after in zip(alone, together):
         assert before.tokens == after.tokens
         assert (before.log_probabilities - after.log_probabilities).abs().max() < 1e-4
     difference(reference.check(together))
+
+
+def test_prompts_of_one_token_join_decoding_requests(small: Engine, reference: Reference, difference: Any) -> None:
+    """Then every request of a step has one token, and some of them start from nothing on pages that hold somebody's states."""
+    small.add(prompts([65], seed=5)[0], new_tokens=16)
+    done: dict[str, Any] = {}
+    for late in prompts([1, 1, 1], seed=6):
+        for _ in range(3):
+            done |= small.step()
+        small.add(late)
+    done |= small.finish()
+    assert len(done) == 4
+    difference(reference.check(list(done.values())))
+
+
+def test_preempted_and_computed_again(small: Engine, reference: Reference, difference: Any) -> None:
+    """Answers that outgrow the pool: vLLM drops a request's pages and computes them anew, with the same answer."""
+    scheduler = small.core.engine_core.engine_core.scheduler
+    preempted: list[str] = []
+
+    def preempt(request: Any, *arguments: Any, **named: Any) -> Any:
+        preempted.append(request.request_id)
+        return type(scheduler)._preempt_request(scheduler, request, *arguments, **named)
+
+    with replaced((scheduler, "_preempt_request", preempt)):
+        answers = small.continuations(prompts([120, 124, 126, 120], seed=7), new_tokens=20)
+    assert preempted
+    difference(reference.check(answers))
 
 
 @pytest.mark.parametrize("tokens_a_step", [WHOLE, ON_THE_GRID])
