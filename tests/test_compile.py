@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from kit import assert_close, assert_same_bits, randn
+from kit import DEVICES, assert_close, assert_same_bits, randn
 from torch import Tensor, nn
 
 from kimi_native import ops
@@ -125,6 +125,13 @@ class Decode(Hybrid):
 
 MODULES = pytest.mark.parametrize("kind, lengths", [(Prefill, [70, 1, 33]), (Decode, [5, 64, 1])], ids=["prefill", "decode"])
 BUFFERS = ("conv_state", "state", "pages")
+ON_DEVICES = pytest.mark.parametrize("device", DEVICES)
+# Where tracing turns a linear layer into another call of a matrix product: cuBLAS may choose another kernel for it.
+MAX_R = {"cpu": 1e-6, "cuda": 1e-5}
+
+
+def inputs_on(device: str, kind: type[Hybrid], lengths: list[int]) -> tuple[Tensor, ...]:
+    return tuple(x.to(device) for x in kind.inputs(lengths))
 
 
 def check(module: nn.Module, reference: nn.Module, call: Callable[..., Tensor], inputs: tuple[Tensor, ...], max_r: float | None) -> None:
@@ -141,22 +148,26 @@ def check(module: nn.Module, reference: nn.Module, call: Callable[..., Tensor], 
     assert all(not torch.equal(before[name], getattr(reference, name)) for name in BUFFERS), "these calls change every state"
 
 
+@ON_DEVICES
 @MODULES
-@pytest.mark.parametrize("backend, max_r", [("eager", None), ("aot_eager", 1e-6), ("inductor", 1e-5)])
-def test_compile(kind, lengths, backend, max_r):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compile(backend, kind, lengths, device):
     if backend == "inductor" and kind is Prefill:
         pytest.skip("inductor once is enough: it compiles C++")
+    if backend == "inductor" and device == "cuda":
+        pytest.importorskip("triton", reason="inductor needs triton on a GPU")
     torch._dynamo.reset()
-    reference = kind()
+    reference = kind().to(device)
     module = copy.deepcopy(reference)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
-    check(module, reference, compiled, kind.inputs(lengths), max_r)
+    check(module, reference, compiled, inputs_on(device, kind, lengths), {"eager": None, "inductor": 1e-5}.get(backend, MAX_R[device]))
 
 
-def test_compile_with_dynamic_lengths():
+@ON_DEVICES
+def test_compile_with_dynamic_lengths(device):
     """One graph for any number of tokens."""
     torch._dynamo.reset()
-    reference, graphs = Prefill(), []
+    reference, graphs = Prefill().to(device), []
     module = copy.deepcopy(reference)
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
@@ -166,29 +177,33 @@ def test_compile_with_dynamic_lengths():
     compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=True)
     for lengths in ([70, 3, 33], [5, 64, 9], [128, 2, 7]):
         with torch.no_grad():
-            assert_same_bits(compiled(*Prefill.inputs(lengths)), reference(*Prefill.inputs(lengths)))
+            inputs = inputs_on(device, Prefill, lengths)
+            assert_same_bits(compiled(*inputs), reference(*inputs))
     assert len(graphs) == 1
     assert_same_bits(module.state, reference.state)
 
 
+@ON_DEVICES
 @MODULES
-def test_export(kind, lengths):
+def test_export(kind, lengths, device):
     torch._dynamo.reset()
-    reference, inputs = kind(), kind.inputs(lengths)
+    reference, inputs = kind().to(device), inputs_on(device, kind, lengths)
     program = torch.export.export(copy.deepcopy(reference), inputs)
     assert any("kimi_native" in str(node.target) for node in program.graph.nodes)
     module = program.module()
-    check(module, reference, module, inputs, 1e-6)
+    check(module, reference, module, inputs, MAX_R[device])
 
 
-def test_export_with_dynamic_lengths(tmp_path):
+@ON_DEVICES
+def test_export_with_dynamic_lengths(device, tmp_path):
     """Saved, loaded and run with another number of tokens than it was exported with."""
     torch._dynamo.reset()
-    reference = Prefill()
+    reference = Prefill().to(device)
     total = torch.export.Dim("total", min=2, max=1024)
     shapes = ({0: total}, None, None, None, {0: total})
-    program = torch.export.export(copy.deepcopy(reference), Prefill.inputs([70, 1, 33]), dynamic_shapes=shapes)
+    inputs = inputs_on(device, Prefill, [70, 1, 33])
+    program = torch.export.export(copy.deepcopy(reference), inputs, dynamic_shapes=shapes)
     torch.export.save(program, tmp_path / "prefill.pt2")
     module = torch.export.load(tmp_path / "prefill.pt2").module()
     for lengths in ([70, 1, 33], [5, 64, 130]):
-        check(module, reference, module, Prefill.inputs(lengths), 1e-6)
+        check(module, reference, module, inputs_on(device, Prefill, lengths), MAX_R[device])

@@ -1,1 +1,2 @@
-"""Our operators inside other libraries' models. Nothing here imports those libraries before it is called."""
+"""Our operators behind the interfaces of other libraries. Nothing here is imported by the rest of the package, nor imports those
+libraries before they are there."""

@@ -57,8 +57,8 @@ def kda_prefill(
         v: ``[T, HV, V]``, the dtype of ``q``. HV is a multiple of H; K and V are multiples of 16 from 16 to 256.
         g: ``[T, HV, K]``, raw gate, the dtype of ``q`` or float32; see ``gate``.
         beta: ``[T, HV]``, the dtype of ``q`` or float32: a logit, or the step itself without ``use_beta_sigmoid``.
-        state: ``[S, HV, V, K]`` float32, or bfloat16 with inputs of 16 bits (docs/kda.md: what that costs); each slot contiguous. Updated in
-            place.
+        state: ``[S, HV, V, K]`` float32, or bfloat16 with inputs of 16 bits (docs/kda.md: what that costs); each slot
+            contiguous. Updated in place.
         slots: ``[N]`` int32, the slot of each sequence. -1: the sequence's output rows are zeroed, nothing else happens.
             Two sequences must not share a slot.
         cu_seqlens: ``[N + 1]`` int32, where sequences begin and end among the tokens. Empty sequences are legal and

@@ -11,7 +11,8 @@ the block pool, tensor and pipeline parallel groups, sampling, the server. What 
     pieces.py    the keys of prefilling sequences, in pieces of bounded size
     moe.py       router and experts, split over tensor parallel or expert parallel ranks; dense MLP
     shard.py     which part of a weight a rank holds, and dense projections
-    loading.py   checkpoint names, the slices they fill, strict loading
+    names.py     names of checkpoint tensors: transformers' into the hub's
+    loading.py   the slices that they fill, strict loading
     support.py   what is supported, in words; the model's sizes from vLLM's config
     platform.py  the one patch: vLLM's CPU platform would turn chunked prefill off for every MLA model
     versions.py  vLLM versions, and the names of vLLM that we rely on
