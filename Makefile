@@ -11,7 +11,7 @@
 
 SHELL := /bin/bash -o pipefail
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench emulated check-kernels gpu-build gpu-check gpu-bench lint format asan wheel-check clean setup
+.PHONY: help build test test-integrations demo bench emulated check-kernels gpu-build gpu-check gpu-bench lint format asan wheel-check clean setup
 
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
@@ -60,6 +60,15 @@ build: $(SETUP)  ## the libraries, C++ tests and benchmarks, in build/
 # are about threads ask for them.
 test: build  ## all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) $(TEST_ARGS)
+
+# vLLM pins versions of its own, so it gets an environment of its own, in which this checkout is installed as a plugin.
+INTEGRATIONS := $(CURDIR)/.venv-integrations
+$(INTEGRATIONS)/.ready: pyproject.toml scripts/venv.py
+	$(PYTHON) scripts/venv.py integrations $(INTEGRATIONS)
+	@touch $@
+
+test-integrations: build $(INTEGRATIONS)/.ready  ## the plugins in the projects that they plug into: vLLM (several GB are installed the first time)
+	$(INTEGRATIONS)/bin/python -m pytest tests/integrations $(TEST_ARGS)
 
 DEMO := build/demo-model
 demo: build  ## a small random checkpoint, and text generated from it

