@@ -85,7 +85,7 @@ emulated: $(SETUP)  ## the CUDA kernels without a GPU: the operators' tests, emu
 	cmake --build --preset emulated
 	rm -f build-emulated/launches*
 	KIMI_NATIVE_LIB_DIR=$(CURDIR)/build-emulated/lib KIMI_LAUNCHES=build-emulated/launches OMP_NUM_THREADS=1 \
-	  $(PY) -m pytest -n $(TEST_WORKERS) tests/test_emulator.py $(wildcard $(CUDA_OPS:%=tests/test_%.py)) $(TEST_ARGS)
+	  $(PY) -m pytest -n $(TEST_WORKERS) tests/test_emulator.py $(wildcard $(CUDA_OPS:%=tests/test_%.py) $(CUDA_OPS:%=tests/test_%_sm90.py)) $(TEST_ARGS)
 	$(if $(TEST_ARGS),,$(PY) scripts/kernel_coverage.py check build-emulated/launches*)
 
 check-kernels: build $(KERNELS_SETUP)  ## the machine code of the CUDA kernels: no spills, tensor cores and wide loads where they are meant to be

@@ -22,7 +22,7 @@ PAGE = DOCS / "benchmarks.md"
 Record = dict[str, Any]
 
 FAMILIES = {
-    "The model": ("model",),
+    "The model": ("model", "transformers"),
     "KDA": ("kda_prefill", "kda_decode", "kda_decode_fused"),
     "MLA": ("mla_prefill", "mla_decode", "mla_cache_write", "mla_merge"),
     "MoE": ("moe_experts", "moe_router"),

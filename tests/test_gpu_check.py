@@ -30,7 +30,7 @@ def test_without_a_gpu_it_says_so():
 
 def test_wrong_usage():
     done = check("--steps", "native,nonsense")
-    assert done.returncode == 2 and "there is no nonsense; there are native, portable, memcheck" in done.stderr
+    assert done.returncode == 2 and "there is no nonsense; there are native, portable, sm90, memcheck" in done.stderr
 
 
 @pytest.fixture
@@ -65,13 +65,17 @@ def test_jobs(source, tmp_path):
     assert jobs("portable", "initcheck") == [["portable"], ["initcheck"]]
     assert jobs("native", sanitizer=None) == [["native"]]
     (source / "csrc" / "cuda" / "kda" / "kda_sm90.cuh").touch()
-    assert jobs("native", "memcheck", "initcheck") == [["native"], ["memcheck", "initcheck"], ["memcheck portable", "initcheck portable"]]
+    (source / "tests" / "test_kda_sm90.py").write_text("DEVICES")
+    sanitized = [["memcheck", "initcheck"], ["memcheck sm90", "initcheck sm90"]]
+    assert jobs("native", "sm90", "memcheck", "initcheck") == [["native"], ["sm90"], *sanitized]
     for job in (job for group in make_jobs(source, gpu_check.STEPS, [], **more) for job in group):
-        assert job.environment["KIMI_CUDA_PATH"] == ("portable" if job.name.endswith("portable") else "")
+        assert job.environment["KIMI_CUDA_PATH"] == next((path for path in ("portable", "sm90") if job.name.endswith(path)), "")
         assert job.environment["KIMI_NATIVE_LIB_DIR"] == str(tmp_path / ("ptx" if job.name == "portable" else "lib"))
         sanitized = job.step in gpu_check.SANITIZERS
         assert ("KIMI_SANITIZER" in job.environment) == sanitized == (job.command[:3] == ["CS", "--tool", job.step])
         assert (str(source / "tests" / "test_model.py") in job.command) != sanitized
+        assert (str(source / "tests" / "test_kda.py") in job.command) != (sanitized and job.name.endswith("sm90"))
+        assert str(source / "tests" / "test_kda_sm90.py") in job.command
         assert f"--junitxml={job.report}" in job.command and ("-n" in job.command) != sanitized
 
 

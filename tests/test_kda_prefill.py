@@ -143,6 +143,14 @@ def test_head_shapes(heads, value_heads, key_dim, value_dim, dtype, device):
     check_against_spec(problem([5, 70], heads, value_heads, key_dim, value_dim, dtype), device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("size", [64, 128])
+def test_many_chunks(size, heads, device):
+    """Longer than the rings of the CUDA backend's kernels, which also cut heads otherwise when there are few."""
+    check_against_spec(problem([64 * 7 + 5], heads, heads, size, size, torch.bfloat16, regime="remember"), device)
+
+
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_real_shape(dtype, device):
     check_against_spec(problem([40, 3], 32, 32, 128, 128, dtype), device)

@@ -8,6 +8,7 @@ _C = load_bindings(load_ops().parent)
 
 from kimi_native import ops  # noqa: E402  (needs the loaded operators)
 from kimi_native.cache import KdaCache, LatentCache, SequenceCache  # noqa: E402
+from kimi_native.compat import accelerate, restore  # noqa: E402
 from kimi_native.compat.fla import register_when_imported  # noqa: E402
 from kimi_native.config import KimiLinearConfig  # noqa: E402
 from kimi_native.generate import Completion, Engine, SamplingParams, TokenEvent  # noqa: E402
@@ -26,5 +27,7 @@ __all__ = [
     "SequenceCache",
     "TokenEvent",
     "__version__",
+    "accelerate",
     "ops",
+    "restore",
 ]

@@ -4,11 +4,13 @@
 #include <signal.h>
 #include <sys/mman.h>
 
+#include <array>
 #include <numeric>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "asynchronous.h"
 #include "kimi/common.h"
 
 #ifndef __x86_64__
@@ -49,7 +51,8 @@ Thread* current = nullptr;
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
-constexpr int kMaxThreads = 1024, kMaxBarriers = 16;
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 2048, kMaxBarriers = 16, kMaxCluster = 8;  // threads of a cluster of blocks
 
 struct Copy {
   void* to;
@@ -65,58 +68,69 @@ struct Fiber {
   bool done = false;
   std::vector<Copy> copies;
   int group = 0;
+  bool vote = false;  // what the last barrier with a predicate gave
 };
 
 struct Barrier {
-  int expected = 0;  // 0: all threads that have not returned
+  int expected = 0;  // 0: all threads of the block that have not returned
+  bool any = false;  // of the predicates of those that wait
   std::vector<int> waiting;
 };
 
-struct Warp {
-  void* arguments[32];
+// The threads that have come to a collective of a warp or a warpgroup.
+struct Collective {
+  void* arguments[128];
   void (*combine)(void* const*) = nullptr;
   int arrived = 0, size = 0;
 };
 
 struct Block {
-  std::vector<Fiber> fibers{kMaxThreads};
-  std::vector<Warp> warps{kMaxThreads / 32};
+  uint3 index;
   Barrier barriers[kMaxBarriers];
+  int alive = 0, predicates = 0, counted = 0;
+};
+
+// The blocks that run at the same time: those of a cluster, usually one. Threads are numbered through all of them.
+struct Cluster {
+  std::vector<Fiber> fibers{kMaxThreads};
+  std::vector<Collective> warps{kMaxThreads / 32}, warpgroups{kMaxThreads / 128 + kMaxCluster};
+  Block blocks[kMaxCluster];
+  Barrier barrier;
   std::vector<int> ready;
   unsigned char* stacks = nullptr;
   void* scheduler_stack_pointer = nullptr;
   const std::function<void()>* body = nullptr;
-  int running = 0, alive = 0, size = 0, predicates = 0, counted = 0;
+  int running = 0, alive = 0, size = 0, block_size = 0;
   uint64_t random = 0x9e3779b97f4a7c15;
   std::string failure;
 };
-Block block;
-
-uint64_t next_random() {
-  block.random ^= block.random << 13;
-  block.random ^= block.random >> 7;
-  block.random ^= block.random << 17;
-  return block.random;
-}
+Cluster cluster;
 
 // The running fiber waits until somebody puts it into `ready`.
 void wait() {
-  kimi_switch_fiber(&block.fibers[block.running].stack_pointer, block.scheduler_stack_pointer);
+  kimi_switch_fiber(&cluster.fibers[cluster.running].stack_pointer, cluster.scheduler_stack_pointer);
 }
 
-void release_if_complete(Barrier& barrier) {
-  const int expected = barrier.expected == 0 ? block.alive : barrier.expected;
+void release_if_complete(Barrier& barrier, int alive) {
+  const int expected = barrier.expected == 0 ? alive : barrier.expected;
   if (barrier.waiting.empty() || static_cast<int>(barrier.waiting.size()) < expected) return;
-  block.ready.insert(block.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+  for (int i : barrier.waiting) cluster.fibers[i].vote = barrier.any;
+  cluster.ready.insert(cluster.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
   barrier.waiting.clear();
+  barrier.any = false;
+}
+
+Block& own_block() {
+  return cluster.blocks[current->rank];
 }
 
 void fiber_main() {
-  (*block.body)();
-  Fiber& self = block.fibers[block.running];
-  self.done = true;
-  --block.alive;
-  release_if_complete(block.barriers[0]);
+  (*cluster.body)();
+  asynchronous::at_return();
+  cluster.fibers[cluster.running].done = true;
+  --cluster.alive;
+  release_if_complete(own_block().barriers[0], --own_block().alive);
+  release_if_complete(cluster.barrier, cluster.alive);
   wait();
 }
 
@@ -151,13 +165,18 @@ class SharedMemory {
     const auto* p = static_cast<const unsigned char*>(address);
     return base_ != nullptr && p >= base_ + kBytes && p < base_ + kBytes + kGuard;
   }
+  bool holds(const void* address, size_t bytes) const {
+    const auto* p = static_cast<const unsigned char*>(address);
+    return p >= first_ && p < last_ && bytes <= static_cast<size_t>(last_ - p);
+  }
+  unsigned char* first() const { return first_; }
 
  private:
   static constexpr size_t kBytes = 256 << 10, kGuard = 1 << 20, kAlign = 1024;
   static constexpr unsigned char kPattern = 0xa5;
   unsigned char *base_ = nullptr, *first_ = nullptr, *last_ = nullptr;
 };
-SharedMemory shared_memory_pages;
+SharedMemory shared_memory_pages[kMaxCluster];  // of each block
 
 // While kernels run, a touch of the page behind the shared memory is a failure of the fiber; any other fault is whose
 // it was.
@@ -173,7 +192,9 @@ class FaultHandler {
 
  private:
   static void on_fault(int, siginfo_t* info, void*) {
-    if (shared_memory_pages.guards(info->si_addr)) fail("an access past the shared memory");
+    for (const SharedMemory& pages : shared_memory_pages) {
+      if (pages.guards(info->si_addr)) fail("an access past the shared memory");
+    }
     sigaction(SIGSEGV, &before_, nullptr);  // and the instruction faults again
   }
   static inline struct sigaction before_;
@@ -182,86 +203,154 @@ class FaultHandler {
 std::set<const void*> launched;
 
 void start(int index) {
-  unsigned char* top = block.stacks + (static_cast<size_t>(index) + 1) * kStackBytes;
+  unsigned char* top = cluster.stacks + (static_cast<size_t>(index) + 1) * kStackBytes;
   void** sp = reinterpret_cast<void**>(top);
   *--sp = nullptr;                               // alignment: at entry rsp + 8 is a multiple of 16
   *--sp = reinterpret_cast<void*>(&fiber_main);  // where the switch returns to
   for (int i = 0; i < 6; ++i) *--sp = nullptr;   // saved registers
-  Fiber& fiber = block.fibers[index];
+  Fiber& fiber = cluster.fibers[index];
   fiber.stack_pointer = sp;
   fiber.done = false;
   fiber.copies.clear();
   fiber.group = 0;
+  cluster.ready.push_back(index);
 }
 
-void run_block(dim3 grid, dim3 size, uint3 at, unsigned char* shared) {
-  block.size = block.alive = static_cast<int>(size.x * size.y * size.z);
-  block.ready.clear();
+// The block `at` becomes the next one of the cluster.
+void add_block(dim3 grid, dim3 size, uint3 at, size_t shared_bytes) {
+  const int threads = static_cast<int>(size.x * size.y * size.z), rank = cluster.size / threads;
+  cluster.block_size = threads;
+  Block& block = cluster.blocks[rank];
+  block.index = at;
+  block.alive = threads;
   block.predicates = block.counted = 0;
-  for (Barrier& barrier : block.barriers) barrier.waiting.clear();
-  for (int i = 0; i < block.size; ++i) {
-    Thread& thread = block.fibers[i].thread;
+  for (Barrier& barrier : block.barriers) {
+    barrier.waiting.clear();
+    barrier.any = false;
+  }
+  unsigned char* shared = shared_memory_pages[rank].of(shared_bytes);
+  shared_memory_pages[rank].fill();
+  const int warps = (threads + 31) / 32, warpgroups = (threads + 127) / 128;
+  for (int i = 0; i < threads; ++i) {
     const unsigned u = static_cast<unsigned>(i);
+    Thread& thread = cluster.fibers[cluster.size + i].thread;
     thread = {{u % size.x, u / size.x % size.y, u / (size.x * size.y)}, at, size, grid, i, shared};
-    start(i);
-    block.ready.push_back(i);
+    thread.rank = rank;
+    thread.warp = rank * warps + i / 32;
+    thread.warpgroup = rank * warpgroups + i / 128;
+    start(cluster.size + i);
   }
-  for (int w = 0; w < (block.size + 31) / 32; ++w) {
-    block.warps[w].arrived = 0;
-    block.warps[w].size = std::min(32, block.size - 32 * w);
+  for (int w = 0; w < warps; ++w) {
+    cluster.warps[rank * warps + w].arrived = 0;
+    cluster.warps[rank * warps + w].size = std::min(32, threads - 32 * w);
   }
-  while (!block.ready.empty() && block.failure.empty()) {
-    const size_t pick = next_random() % block.ready.size();
-    block.running = block.ready[pick];
-    block.ready[pick] = block.ready.back();
-    block.ready.pop_back();
-    current = &block.fibers[block.running].thread;
-    kimi_switch_fiber(&block.scheduler_stack_pointer, block.fibers[block.running].stack_pointer);
+  for (int w = 0; w < warpgroups; ++w) {
+    cluster.warpgroups[rank * warpgroups + w].arrived = 0;
+    cluster.warpgroups[rank * warpgroups + w].size = std::min(128, threads - 128 * w);
+  }
+  cluster.size += threads;
+  cluster.alive += threads;
+}
+
+// Which of the ready threads is next, drawn at random. One warp, or a warpgroup or a block, is held back for a while:
+// no thread may rely on others being equally fast.
+size_t pick_ready() {
+  static int held_back = 0, held_size = kWarp;
+  if (next_random() % 512 == 0) {
+    held_size = std::array{kWarp, 128, cluster.block_size}[next_random() % 3];
+    held_back = static_cast<int>(next_random() % ((cluster.size + held_size - 1) / held_size));
+  }
+  size_t pick = next_random() % cluster.ready.size();
+  for (int i = 0; i < 16 && cluster.ready[pick] / held_size == held_back; ++i) pick = (pick + 1) % cluster.ready.size();
+  return pick;
+}
+
+void run_cluster(int blocks) {
+  const Block* where = &cluster.blocks[0];  // the first block unless it is known better
+  while (cluster.failure.empty()) {
+    const bool idle = cluster.ready.empty();
+    if ((idle || next_random() % 64 == 0) && asynchronous::has_copies(idle)) {
+      asynchronous::end_a_copy(idle);
+      continue;
+    }
+    if (idle) break;
+    const size_t pick = pick_ready();
+    cluster.running = cluster.ready[pick];
+    cluster.ready[pick] = cluster.ready.back();
+    cluster.ready.pop_back();
+    current = &cluster.fibers[cluster.running].thread;
+    kimi_switch_fiber(&cluster.scheduler_stack_pointer, cluster.fibers[cluster.running].stack_pointer);
+    if (!cluster.failure.empty()) where = &own_block();
   }
   current = nullptr;
-  if (block.failure.empty() && block.alive > 0) {
-    block.failure =
-        "deadlock: " + std::to_string(block.alive) + " of " + std::to_string(block.size) + " threads wait for ever";
+  if (cluster.failure.empty() && cluster.alive > 0) {
+    cluster.failure =
+        "deadlock: " + std::to_string(cluster.alive) + " of " + std::to_string(cluster.size) + " threads wait for ever";
   }
-  if (block.failure.empty() && !shared_memory_pages.pattern_stands())
-    block.failure = "a write outside the shared memory";
-  if (!block.failure.empty()) {
-    const std::string text = "emulator: " + block.failure + " in block " + std::to_string(at.x) + ", " +
+  for (int rank = 0; rank < blocks; ++rank) {
+    if (cluster.failure.empty() && !shared_memory_pages[rank].pattern_stands()) {
+      cluster.failure = "a write outside the shared memory";
+      where = &cluster.blocks[rank];
+    }
+  }
+  if (!cluster.failure.empty()) {
+    const uint3 at = where->index;
+    const std::string text = "emulator: " + cluster.failure + " in block " + std::to_string(at.x) + ", " +
                              std::to_string(at.y) + ", " + std::to_string(at.z);
-    block.failure.clear();
+    cluster.failure.clear();
     throw Error(text);
   }
 }
 
 }  // namespace
 
+uint64_t next_random() {
+  cluster.random ^= cluster.random << 13;
+  cluster.random ^= cluster.random >> 7;
+  cluster.random ^= cluster.random << 17;
+  return cluster.random;
+}
+
 void fail(const char* what) {
-  block.failure = std::string(what) + ", thread " + std::to_string(current->linear);
+  note_failure(std::string(what) + ", thread " + std::to_string(current->linear));
   wait();
   __builtin_unreachable();
 }
 
-void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
-  if (block.stacks == nullptr) {
+void note_failure(const std::string& what) {
+  if (cluster.failure.empty()) cluster.failure = what;
+}
+
+void run_grid(dim3 grid, dim3 size, unsigned cluster_blocks, size_t shared_bytes, const std::function<void()>& body) {
+  if (cluster.stacks == nullptr) {
     void* p = mmap(nullptr, kStackBytes * kMaxThreads, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     KIMI_CHECK(p != MAP_FAILED, "no memory for the stacks");
-    block.stacks = static_cast<unsigned char*>(p);
+    cluster.stacks = static_cast<unsigned char*>(p);
   }
-  block.body = &body;
-  unsigned char* shared = shared_memory_pages.of(shared_bytes);
+  KIMI_CHECK(cluster_blocks > 0 && cluster_blocks <= kMaxCluster && grid.x % cluster_blocks == 0, "clusters of ",
+             cluster_blocks, " blocks in a grid of ", grid.x);
+  KIMI_CHECK(size.x * size.y * size.z * cluster_blocks <= kMaxThreads, "too many threads in a cluster");
+  cluster.body = &body;
   const FaultHandler handler;
-  // Blocks come in any order: from a random one on, in steps that share no factor with their number.
-  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+  // Clusters come in any order: from a random one on, in steps that share no factor with their number.
+  const unsigned width = grid.x / cluster_blocks;
+  const uint64_t count = uint64_t{width} * grid.y * grid.z;
   uint64_t step = count > 0 ? next_random() % count : 0;
   while (std::gcd(step, count) > 1) ++step;
   uint64_t at = next_random() % std::max<uint64_t>(count, 1);
   for (uint64_t i = 0; i < count; ++i, at = (at + step) % count) {
-    shared_memory_pages.fill();
-    run_block(grid, size,
-              {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
-               static_cast<unsigned>(at / grid.x / grid.y)},
-              shared);
+    cluster.size = cluster.alive = 0;
+    cluster.ready.clear();
+    cluster.barrier.waiting.clear();
+    asynchronous::reset();
+    for (unsigned rank = 0; rank < cluster_blocks; ++rank) {
+      add_block(grid, size,
+                {static_cast<unsigned>(at % width) * cluster_blocks + rank, static_cast<unsigned>(at / width % grid.y),
+                 static_cast<unsigned>(at / width / grid.y)},
+                shared_bytes);
+    }
+    run_cluster(static_cast<int>(cluster_blocks));
   }
 }
 
@@ -270,15 +359,28 @@ void note_launch(const void* kernel) {
 }
 
 void block_barrier(int id, int threads) {
-  Barrier& barrier = block.barriers[id];
+  block_barrier_or(id, threads, false);
+}
+
+bool block_barrier_or(int id, int threads, bool predicate) {
+  Barrier& barrier = own_block().barriers[id];
   if (!barrier.waiting.empty() && barrier.expected != threads) fail("a barrier with two different thread counts");
   barrier.expected = threads;
-  barrier.waiting.push_back(block.running);
-  release_if_complete(barrier);
+  barrier.any |= predicate;
+  barrier.waiting.push_back(cluster.running);
+  release_if_complete(barrier, own_block().alive);
+  wait();
+  return cluster.fibers[cluster.running].vote;
+}
+
+void cluster_barrier() {
+  cluster.barrier.waiting.push_back(cluster.running);
+  release_if_complete(cluster.barrier, cluster.alive);
   wait();
 }
 
 int block_count(bool predicate) {
+  Block& block = own_block();
   if (block.counted == block.alive) block.predicates = block.counted = 0;  // the first thread of the next count
   block.predicates += predicate;
   ++block.counted;
@@ -288,37 +390,77 @@ int block_count(bool predicate) {
   return count;
 }
 
-void warp_collective(void* argument, void (*combine)(void* const*)) {
-  Warp& warp = block.warps[block.running / 32];
-  if (warp.size != 32) fail("a warp collective in a warp of fewer than 32 threads");
-  if (warp.arrived > 0 && warp.combine != combine) fail("lanes of a warp are at different collectives");
-  warp.combine = combine;
-  warp.arguments[block.running % 32] = argument;
-  if (++warp.arrived < 32) return wait();
-  warp.arrived = 0;
-  combine(warp.arguments);
-  const int first = block.running / 32 * 32;
-  for (int i = first; i < first + 32; ++i) {
-    if (i != block.running) block.ready.push_back(i);
+namespace {
+
+void collective(Collective& group, int size, int lane, void* argument, void (*combine)(void* const*)) {
+  if (group.arrived > 0 && group.combine != combine) {
+    fail(size == 32 ? "lanes of a warp are at different collectives" : "a warpgroup is at different collectives");
   }
-  block.ready.push_back(block.running);  // the order after a collective is drawn anew
+  group.combine = combine;
+  group.arguments[lane] = argument;
+  if (++group.arrived < size) return wait();
+  group.arrived = 0;
+  combine(group.arguments);
+  // The order after a collective is drawn anew.
+  for (int i = 0; i < size; ++i) cluster.ready.push_back(cluster.running - lane + i);
   wait();
+}
+
+}  // namespace
+
+void warp_collective(void* argument, void (*combine)(void* const*)) {
+  Collective& warp = cluster.warps[current->warp];
+  if (warp.size != 32) fail("a warp collective in a warp of fewer than 32 threads");
+  collective(warp, 32, current->linear % 32, argument, combine);
+}
+
+void warpgroup_collective(void* argument, void (*combine)(void* const*)) {
+  Collective& warpgroup = cluster.warpgroups[current->warpgroup];
+  if (warpgroup.size != 128) fail("a warpgroup of fewer than 128 threads");
+  collective(warpgroup, 128, current->linear % 128, argument, combine);
+}
+
+int running_thread() {
+  return cluster.running;
+}
+void sleep() {
+  wait();
+}
+void wake(int thread) {
+  cluster.ready.push_back(thread);
+}
+
+int cluster_blocks() {
+  return cluster.size / static_cast<int>(current->block_size.x * current->block_size.y * current->block_size.z);
+}
+bool has_ended(int rank) {
+  return cluster.blocks[rank].alive == 0;
+}
+
+uint32_t shared_address(const void* shared) {
+  const SharedMemory& pages = shared_memory_pages[current->rank];
+  if (!pages.holds(shared, 1)) fail("a shared-memory address outside the block's");
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - pages.first()) + kSharedBase;
+}
+unsigned char* shared_pointer(int rank, uint32_t address, size_t bytes) {
+  unsigned char* p = shared_memory_pages[rank].first() + (static_cast<int64_t>(address) - kSharedBase);
+  return address >= kSharedBase && shared_memory_pages[rank].holds(p, bytes) ? p : nullptr;
 }
 
 void copy_async(void* shared, const void* global, size_t bytes, bool valid) {
   const auto is_aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   if (!is_aligned(shared) || (valid && !is_aligned(global))) fail("cp.async to or from a misaligned address");
-  Fiber& self = block.fibers[block.running];
+  Fiber& self = cluster.fibers[cluster.running];
   std::memset(shared, 0xff, bytes);
   self.copies.push_back({shared, global, bytes, valid, self.group});
 }
 
 void copy_async_commit() {
-  ++block.fibers[block.running].group;
+  ++cluster.fibers[cluster.running].group;
 }
 
 void copy_async_wait(int newest_groups_left) {
-  Fiber& self = block.fibers[block.running];
+  Fiber& self = cluster.fibers[cluster.running];
   const int last = self.group - 1 - newest_groups_left;
   size_t kept = 0;
   for (const Copy& copy : self.copies) {

@@ -37,6 +37,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 
 namespace kimi::emulator {
 
@@ -46,21 +47,40 @@ struct Thread {
   dim3 block_size, grid_size;
   int linear = 0;  // of thread_index
   unsigned char* shared = nullptr;
+  int rank = 0;                 // of the block in its cluster
+  int warp = 0, warpgroup = 0;  // counted through the cluster
 };
 extern Thread* current;
 
-// Runs body() once per thread of the grid.
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// Runs body() once per thread of the grid, the blocks of a cluster (neighbours in x) at the same time.
+void run_grid(dim3 grid, dim3 block, unsigned cluster_blocks, size_t shared_bytes, const std::function<void()>& body);
 
 // Remembers which kernels ran, for tests/launches.py.
 void note_launch(const void* kernel);
 
 // Waits until `threads` threads (0: all that have not returned) of the block are at barrier `id`.
 void block_barrier(int id, int threads);
+bool block_barrier_or(int id, int threads, bool predicate);  // whether the predicate of any of them holds
+void cluster_barrier();                                      // of all threads of the cluster that have not returned
 
 // Waits for all 32 lanes of the warp; the last one to come calls combine(lanes) with the argument of each lane. All
 // lanes must call with the same `combine`.
 void warp_collective(void* argument, void (*combine)(void* const* lanes));
+void warpgroup_collective(void* argument, void (*combine)(void* const* threads));  // the same with 128 threads
+
+// For what waits in other ways: the number of the running thread in its cluster; to stop it until somebody wakes it.
+int running_thread();
+void sleep();
+void wake(int thread);
+uint64_t next_random();
+
+// Blocks of the cluster, by rank. Shared memory has addresses as the hardware has them, small numbers.
+inline constexpr uint32_t kSharedBase = 1024;
+int cluster_blocks();
+bool has_ended(int rank);
+uint32_t shared_address(const void* shared);
+unsigned char* shared_pointer(int rank, uint32_t address, size_t bytes);  // null if it is not inside
+void note_failure(const std::string& what);                               // for who is not a thread
 
 // Copies that wait for cp_async_wait.
 void copy_async(void* shared, const void* global, size_t bytes, bool valid);

@@ -6,7 +6,7 @@
 #include "../cuda/buffer.h"
 #include "check.h"
 #include "cuda/common/launch.h"
-#include "cuda/common/ptx.h"
+#include "cuda/common/ptx_sm90.h"
 
 namespace kimi::cuda {
 namespace {
@@ -169,6 +169,147 @@ __global__ void uninitialised(float* out, bool wrong) {
   out[threadIdx.x] = shared.values[threadIdx.x];
 }
 
+// ---- What Hopper does beside the threads
+
+struct CopyShared {
+  int values[2][kThreads];
+  uint64_t full[2], empty[2];
+};
+
+// Eight copies bring the numbers. Modes: 0 right, 1 nobody waits for them, 2 the barrier expects more, 3 no fence after
+// its initialisation, 4 no initialisation, 5 an odd number of bytes, 6 one arrival too many.
+__global__ void bulk_copies(const int* in, int* out, int mode) {
+  auto& shared = shared_memory<CopyShared>();
+  uint64_t* full = &shared.full[0];
+  const int i = threadIdx.x;
+  if (i == 0) {
+    if (mode != 4) mbarrier_init(full, 1);
+    if (mode != 3) mbarrier_init_fence();
+    mbarrier_arrive_expect_tx(full, mode == 2 ? kThreads * 4 + 16 : kThreads * 4);
+    if (mode == 6) mbarrier_arrive(full);
+    for (int part = 0; part < 8; ++part) {
+      bulk_copy(&shared.values[0][16 * part], in + 16 * part, mode == 5 ? 60 : 64, full);
+    }
+  }
+  __syncthreads();
+  if (mode != 1) mbarrier_wait(full, 0);
+  out[i] = shared.values[0][i];
+  mbarrier_wait(full, 0);
+}
+
+// out[i] = sum over eight rounds of (round + 1) in[i], through a ring of two stages. Wrong: without waiting until a
+// stage has been read.
+__global__ void ring(const int* in, int* out, bool wait) {
+  auto& shared = shared_memory<CopyShared>();
+  const int i = threadIdx.x;
+  if (i == 0) {
+    for (int stage = 0; stage < 2; ++stage) {
+      mbarrier_init(&shared.full[stage], 1);
+      mbarrier_init(&shared.empty[stage], kThreads / 32);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  int sum = 0;
+  for (int round = 0; round < 9; ++round) {
+    if (i == 0 && round < 8) {
+      const int stage = round % 2;
+      if (wait) mbarrier_wait(&shared.empty[stage], round / 2 % 2 ^ 1);
+      mbarrier_arrive_expect_tx(&shared.full[stage], kThreads * 4);
+      bulk_copy(shared.values[stage], in, kThreads * 4, &shared.full[stage]);
+    }
+    __syncwarp();
+    if (round == 0) continue;
+    const int stage = (round - 1) % 2;
+    mbarrier_wait(&shared.full[stage], (round - 1) / 2 % 2);
+    sum += round * shared.values[stage][i];
+    __syncwarp();
+    if (i % 32 == 0) mbarrier_arrive(&shared.empty[stage]);
+  }
+  out[i] = sum;
+}
+
+// Two blocks of 64 threads: block 0 copies the numbers to both. Modes: 0 right, 1 block 1 does not wait for them, 2 it
+// leaves at once, 3 it is not in the cluster, 4 nobody waits until its barrier is there.
+__global__ void to_neighbour(const int* in, int* out, int mode) {
+  auto& shared = shared_memory<CopyShared>();
+  uint64_t* full = &shared.full[0];
+  const int i = threadIdx.x, rank = static_cast<int>(blockIdx.x);
+  if (i == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init_fence();
+    mbarrier_arrive_expect_tx(full, kThreads * 4);
+  }
+  if (mode != 4) cluster_sync();
+  if (mode == 2 && rank == 1) return;
+  if (rank == 0 && i == 0) {
+    for (int part = 0; part < 8; ++part) {
+      bulk_copy_multicast(&shared.values[0][16 * part], in + 16 * part, 64, full, mode == 3 ? 5 : 3);
+    }
+  }
+  if (mode != 1 || rank == 0) mbarrier_wait(full, 0);
+  out[64 * rank + i] = shared.values[0][64 * rank + i];
+  mbarrier_wait(full, 0);
+  if (mode != 2) cluster_sync();
+}
+
+// Each block of two counts the other one's arrivals. Wrong: it does not wait, and may leave before.
+__global__ void arrive_at_neighbour(int* out, bool wait) {
+  auto& shared = shared_memory<CopyShared>();
+  const int rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    mbarrier_init(&shared.full[0], 64);
+    mbarrier_init_fence();
+  }
+  cluster_sync();
+  mbarrier_arrive_cluster(&shared.full[0], rank ^ 1);
+  if (wait) mbarrier_wait(&shared.full[0], 0);
+  out[64 * rank + threadIdx.x] = 1;
+}
+
+// Modes: 0 right, 1 other strides, 2 no wait, 3 shared memory is written before the wait, 4 the accumulators are, 5 no
+// fence, 6 a different operand in one thread, 7 the threads leave, 8 accumulators in another shape, 9 in a branch of
+// one warp, 10 a descriptor past the shared memory. out[i]: a sum over the thread's results, which are integers.
+__global__ void products(int* out, int mode) {
+  auto& shared = shared_memory<CopyShared>();
+  auto* b = reinterpret_cast<Fp16*>(shared.values);  // zeros but for b[k][n] = 1 where k = n % 16; two times 512 bytes
+  const int i = threadIdx.x;
+  const auto fill = [&](float one) {  // k contiguous, blocks of 8 columns: all eight of them are the same
+    for (int k = i; k < 256; k += kThreads) b[k] = from_float<Fp16>(k / 64 % 2 == 0 && k % 64 % 9 == 0 ? one : 0.0f);
+  };
+  float d[8][4] = {}, sum = 0.0f;
+  const uint32_t a[4] = {pack2<Fp16>(1, 2), pack2<Fp16>(3, 4), pack2<Fp16>(5, 6), pack2<Fp16>(7, 8)};
+  const int from = mode == 6 && i == 40 ? 128 : 0;
+  const uint64_t operand =
+      wgmma_descriptor<false>(reinterpret_cast<char*>(b) + from, mode == 1 ? 0 : 128, 0) + (mode == 10 ? 1 << 13 : 0);
+  for (int round = 0; round < 8; ++round) {
+    fill(1.0f);
+    __syncthreads();
+    if (mode != 5) wgmma_fence();
+    if (mode == 9 && i >= 96) {
+      wgmma_m64n64k16<true>(d, a, operand, true);
+    } else {
+      wgmma_m64n64k16<false>(d, a, operand, true);
+    }
+    wgmma_commit();
+    if (mode == 3) {
+      fill(5.0f);
+      __syncthreads();
+    }
+    if (mode == 4) d[7][3] += 1.0f;
+    if (mode == 2) sum += d[0][0];
+    if (mode == 7) break;
+    if (mode == 8) {
+      auto& other = *reinterpret_cast<float (*)[16][4]>(&d);
+      wgmma_m64n128k16<false>(other, a, operand, true);
+    }
+    wgmma_wait<0>();
+    __syncthreads();
+  }
+  for (int e = 0; e < 32; ++e) sum += static_cast<float>(1 + e % 4) * d[e / 4][e % 4];
+  out[i] = static_cast<int>(sum);
+}
+
 class EmulatorTest {
  public:
   EmulatorTest() : in_(numbers()), out_(kThreads) {}
@@ -193,7 +334,14 @@ class EmulatorTest {
   void wrong(const std::string& name, const std::function<int(int)>& expected, void (*kernel)(Params...),
              Args... args) {
     std::string error;
-    checker_.check(!run(error, expected, kernel, args...) && error.empty(), name);
+    const bool same = run(error, expected, kernel, args...);
+    checker_.check(!same && error.empty(), name + (error.empty() ? "" : ": " + error));
+  }
+
+  // The kernels after this in clusters of two blocks of half the threads, or in one block again.
+  void use_blocks(unsigned blocks) {
+    blocks_ = blocks;
+    shared_bytes_ = sizeof(CopyShared);
   }
 
   const int* in() { return in_.get(); }
@@ -210,7 +358,7 @@ class EmulatorTest {
   bool run(std::string& error, const std::function<int(int)>& expected, void (*kernel)(Params...), Args... args) {
     std::fill_n(out_.get(), kThreads, -1);
     try {
-      launch(kernel, 1, kThreads, sizeof(Shared), nullptr, args...);
+      launch({.cluster = blocks_}, kernel, blocks_, kThreads / blocks_, shared_bytes_, nullptr, args...);
     } catch (const Error& e) {
       error = e.what();
       return false;
@@ -223,6 +371,8 @@ class EmulatorTest {
 
   Checker checker_;
   Buffer<int> in_, out_;
+  unsigned blocks_ = 1;
+  size_t shared_bytes_ = sizeof(Shared);
 };
 
 int run() {
@@ -274,6 +424,40 @@ int run() {
   t.error("a write in front of the shared memory", "a write outside the shared memory", outside, out, -3);
   t.right("no trap", one, trap, out, false);
   t.error("a trap", "__trap(), thread 77", trap, out, true);
+
+  t.use_blocks(1);
+  t.right("bulk copies", input, bulk_copies, in, out, 0);
+  t.wrong("nobody waits for bulk copies", input, bulk_copies, in, out, 1);
+  t.error("a barrier that expects more bytes", "deadlock: 128 of 128", bulk_copies, in, out, 2);
+  t.error("no fence after mbarrier_init", "nobody fenced", bulk_copies, in, out, 3);
+  t.error("no mbarrier_init", "an mbarrier that nobody initialised", bulk_copies, in, out, 4);
+  t.error("an odd bulk copy", "not of multiples of 16", bulk_copies, in, out, 5);
+  t.error("too many arrivals", "more arrivals at an mbarrier than it expects", bulk_copies, in, out, 6);
+  const auto in_ring = [&](int i) { return 36 * input(i); };
+  t.right("a ring of two stages", in_ring, ring, in, out, true);
+  t.error("a ring that is filled too early", "threads wait for ever", ring, in, out, false);
+
+  const auto product = [](int) { return 8 * 8 * (1 * 1 + 2 * 2 + 3 * 3 + 4 * 4); };
+  t.right("wgmma", product, products, out, 0);
+  t.wrong("wgmma with other strides", product, products, out, 1);
+  t.wrong("wgmma, results before the wait", product, products, out, 2);
+  t.wrong("wgmma, operand overwritten before the wait", product, products, out, 3);
+  t.error("wgmma, accumulators written before the wait", "written while it was under way", products, out, 4);
+  t.error("wgmma without a fence", "wgmma without a fence", products, out, 5);
+  t.error("wgmma with different operands", "do not agree", products, out, 6);
+  t.error("return from wgmma", "returns while its wgmma is under way", products, out, 7);
+  t.error("wgmma, accumulators of two shapes", "in another shape", products, out, 8);
+  t.error("wgmma in a branch", "do not agree", products, out, 9);
+  t.error("wgmma past the shared memory", "leads out of the shared memory", products, out, 10);
+
+  t.use_blocks(2);
+  t.right("a copy to both blocks of a cluster", input, to_neighbour, in, out, 0);
+  t.wrong("a neighbour that does not wait for it", input, to_neighbour, in, out, 1);
+  t.error("a neighbour that has left", "a block that has ended", to_neighbour, in, out, 2);
+  t.error("a copy out of the cluster", "not in the cluster", to_neighbour, in, out, 3);
+  t.error("a copy to a block that is not ready", "an mbarrier", to_neighbour, in, out, 4);
+  t.right("arrivals at the neighbour", one, arrive_at_neighbour, out, true);
+  t.error("arrivals at a neighbour that has left", "a block that has ended", arrive_at_neighbour, out, false);
 
   Checker checker;
   const auto runs_in_any_order = [](bool wrong) {

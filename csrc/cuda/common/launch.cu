@@ -29,11 +29,11 @@ int max_shared_bytes() {
 }
 
 bool use_sm90() {
-  static const bool forced_portable = [] {
+  static const bool asked = [] {
     const char* path = std::getenv("KIMI_CUDA_PATH");
-    return path != nullptr && std::string_view(path) == "portable";
+    return path != nullptr && std::string_view(path) == "sm90";
   }();
-  return !forced_portable && compute_capability() == 90;
+  return asked && compute_capability() == 90;
 }
 
 }  // namespace kimi::cuda

@@ -26,15 +26,23 @@ int multiprocessors();
 int compute_capability();  // 90 for 9.0
 int max_shared_bytes();    // that a block can have: 227 KB on 9.0, 163 on 8.0, 99 on 8.6 and 8.9
 
-// Whether the Hopper kernels may run: the device is of compute capability 9.0, and the environment variable
-// KIMI_CUDA_PATH (read once) is not "portable".
+// Whether the Hopper kernels run: the device is of compute capability 9.0, and the environment variable KIMI_CUDA_PATH
+// (read once) is "sm90". They have to be asked for until a GPU has shown that they are right.
 bool use_sm90();
+
+// What a launch may ask for on compute capability 9.0.
+struct LaunchOptions {
+  unsigned cluster = 1;  // blocks of a cluster, neighbours in x; they run at the same time, each on a multiprocessor
+  // The kernel may start before the one in front of it on the stream has ended, once all blocks of that have called
+  // grid_launch_dependents() or have ended.
+  bool overlap = false;
+};
 
 // kernel<<<grid, block, shared_bytes, stream>>>(args...), with as much dynamic shared memory as the device can give. An
 // empty grid launches nothing.
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            Args&&... args) {
+void launch(LaunchOptions options, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Args&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 * 1024) {
     KIMI_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -45,7 +53,23 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (options.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {options.cluster, 1, 1};
+  }
+  if (options.overlap) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
   KIMI_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...));
+}
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            Args&&... args) {
+  launch(LaunchOptions(), kernel, grid, block, shared_bytes, stream, std::forward<Args>(args)...);
 }
 
 // Fills memory on the stream, as memset does.

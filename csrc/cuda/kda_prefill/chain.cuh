@@ -21,7 +21,7 @@
 // of shared memory read by each warp; 4 warps: 2,200 cycles a chunk of shared memory, 1,400 of tensor cores.
 #pragma once
 
-#include "cuda/kda_prefill/tokens.cuh"
+#include "cuda/kda_prefill/chain_common.cuh"
 
 namespace kimi::cuda {
 
@@ -35,48 +35,6 @@ template <int K, int kWarps>
 struct ChainShared {
   ChainStage<K, kWarps> stages[1];  // segment.stages of them
 };
-
-// Units in which the largest |S| is 2^10 to 2^11: a product with w (of norm 1, in exceptional data 2) then fits.
-inline constexpr int kStateExponent = 10;
-
-// By how many powers of two the units may exceed those of u: its largest value (2^4 and more, or 2^-8 and more in units
-// of 1) must not become a subnormal of fp16.
-__device__ __forceinline__ int max_unit_gap(int exponent) {
-  return exponent == 0 ? 6 : 18;
-}
-
-template <int K>
-__device__ __forceinline__ void scale_state(float (&s)[K / 8][4], float factor) {
-#pragma unroll
-  for (int x = 0; x < K / 8; ++x) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) s[x][i] *= factor;
-  }
-}
-
-// Units for a chunk whose u has units of 2^exponent: no smaller than those, and S must fit.
-template <int K>
-__device__ __forceinline__ int choose_unit(const float (&s)[K / 8][4], int exponent) {
-  float largest = 0.0f;
-#pragma unroll
-  for (int x = 0; x < K / 8; ++x) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(s[x][i]));
-  }
-  const int of_state = exponent_of(warp_max(largest)) - kStateExponent;
-  // A state of ordinary size next to very small values stays in ordinary units.
-  return max(exponent, exponent < 0 ? min(of_state, 0) : of_state);
-}
-
-// True if no half of the words is infinite or NaN.
-template <int N>
-__device__ __forceinline__ bool all_finite(const uint32_t (&words)[N][4]) {
-  __half2 largest = bits_as<__half2>(words[0][0] & 0x7fff7fffu);
-#pragma unroll
-  for (int i = 1; i < 4 * N; ++i) largest = __hmax2_nan(largest, __habs2(bits_as<__half2>(words[i / 4][i % 4])));
-  // Adding one to an exponent of 31 carries into the place of the sign.
-  return ((bits_as<uint32_t>(largest) & 0x7fff7fffu) + 0x04000400u & 0x80008000u) == 0;
-}
 
 // Products with the state: new_values <- u^T - S w^T, out <- S q^T; values are fp16 pairs of tokens (a operands), true
 // if all of them are finite.
@@ -184,30 +142,6 @@ __device__ __forceinline__ void multiply_values(const ChainStage<K, kWarps>& sta
     for (int i = step * 2 * kGroups / kSteps; i < (step + 1) * 2 * kGroups / kSteps; ++i) {
       const float (&o)[4] = out[i / 2];
       rows[i / 2][i % 2] = movmatrix_trans(pack2<T>(o[2 * (i % 2)] * factor, o[2 * (i % 2) + 1] * factor));
-    }
-  }
-}
-
-// Writes the rows of the chunk's first `count` tokens; `to` is the first one, at the warp's first value.
-template <typename T>
-__device__ __forceinline__ void write_rows(const uint32_t (&rows)[kGroups][2], T* to, int64_t token_stride, int count,
-                                           bool wide) {
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  T* row = to + g * token_stride + 4 * t;
-  const int64_t step = kGroup * token_stride;
-  if (wide) {
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group, row += step) {
-      if (kGroup * group + g < count) *reinterpret_cast<uint2*>(row) = make_uint2(rows[group][0], rows[group][1]);
-    }
-  } else {
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group, row += step) {
-      const auto values = bits_as<Vec<T, 4>>(rows[group]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (kGroup * group + g < count) row[i] = values.x[i];
-      }
     }
   }
 }

@@ -45,6 +45,31 @@ struct alignas(128) ChunkImage {
   uint4 u[V / 16][kGroups / 2]
          [kWarp];  // T (beta v), transposed: 16 values x 64 tokens; words: rows g, g + 8 of two groups
   ChunkFactors<K> factors;
+
+  // What the first kernel stores, each call by a whole warp. A `row` is channels 32 j + 8 t .. + 7 of token g of the
+  // group, in fp16, in the order of memory.
+  __device__ __forceinline__ void store_q(int group, int j, int lane, uint4 row) { factors.q[group][j][lane] = row; }
+  __device__ __forceinline__ void store_w(int group, int j, int lane, uint4 row) { factors.w[group][j][lane] = row; }
+  // kg as rows, like q; or (here) transposed, channels 32 j .. + 31 of groups 2 s and 2 s + 1: words are tiles of 8
+  // channels x 8 tokens.
+  static constexpr bool kTransposedKg = true;
+  __device__ __forceinline__ void store_kg(int s, int j, int lane, uint4 even, uint4 odd) {
+    factors.kg[s][2 * j][lane] = make_uint4(even.x, odd.x, even.y, odd.y);
+    factors.kg[s][2 * j + 1][lane] = make_uint4(even.z, odd.z, even.w, odd.w);
+  }
+  // Values 16 m .. + 15, tokens of groups 2 s and 2 s + 1, in the words of `u`.
+  __device__ __forceinline__ void store_u(int m, int s, int lane, uint4 words) { u[m][s][lane] = words; }
+  // tiles[c]: row g, columns 2t and 2t + 1 of column group c; zeros above the diagonal.
+  __device__ __forceinline__ void store_a_qk(int group, int lane, const uint32_t (&tiles)[kGroups]) {
+    factors.a_qk[a_qk_entry(group, 0)][lane] = make_uint4(tiles[0], tiles[1], tiles[2], tiles[3]);
+    if (group >= 4) factors.a_qk[a_qk_entry(group, 1)][lane] = make_uint4(tiles[4], tiles[5], tiles[6], tiles[7]);
+  }
+  __device__ __forceinline__ void store_decay(int channel, float decay) { factors.decay[channel] = decay; }
+  __device__ __forceinline__ void store_header(int exponent, bool exact) {
+    factors.exponent = exponent;
+    factors.exact = exact;
+    factors.unused[0] = factors.unused[1] = 0;
+  }
 };
 
 // Chunks are numbered without a list: those of sequence n begin at first_chunk(n) = cu_seqlens[n] / 64 + n, which
@@ -77,7 +102,8 @@ __device__ __forceinline__ int sequence_of_chunk(const int32_t* cu_seqlens, int 
 struct Segment {
   int first = 0, count = 0;
   void* images = nullptr;
-  int stages = 2;  // of the ring of images of the second kernel: 2 or 3
+  int stages = 2;        // of the ring of images of the second kernel in its portable form: 2 or 3
+  bool forward = false;  // the order in which the first kernel goes through the chunks
   // Which tensors lie such that vectors may be used: of 8 bytes for out, 16 for the state and, as they need, the
   // inputs.
   bool wide_inputs = false, wide_out = false, wide_state = false;

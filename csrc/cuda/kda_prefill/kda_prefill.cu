@@ -1,4 +1,4 @@
-// CUDA backend of kda_prefill (kimi/kda_prefill.h). Portable.
+// CUDA backend of kda_prefill (kimi/kda_prefill.h).
 //
 // fp16 and bf16 at head sizes 64 x 64 and 128 x 128 take the chunked path on tensor cores: prep.cuh makes all factors
 // of every 64 tokens in parallel, chain.cuh runs the state through them. Everything else, fp32 above all, is the
@@ -7,9 +7,11 @@
 // bits depend on nothing but itself, and a cut after a multiple of 64 tokens does not change them.
 //
 // Long inputs go through the two kernels in segments, so that the workspace stays below kSegmentBytes; the state waits
-// in its slot between them.
+// in its slot between them. On Hopper the second kernel has a form of its own (chain_sm90.cuh), and where it leaves
+// multiprocessors idle, segments are short: the first kernel of the next one runs on those beside it.
 #include "cuda/common/launch.h"
 #include "cuda/kda_prefill/chain.cuh"
+#include "cuda/kda_prefill/chain_sm90.cuh"
 #include "cuda/kda_prefill/prep.cuh"
 #include "cuda/kda_prefill/tokens.cuh"
 
@@ -19,6 +21,10 @@ namespace {
 // Images of 9,800 tokens of 32 heads of 128 x 128. Fewer would leave the chip idle at the end of each kernel more
 // often.
 constexpr int64_t kSegmentBytes = int64_t{384} << 20;
+// Of a segment whose second kernel runs on half of the multiprocessors at most: short, so that the kernels of different
+// segments overlap and images stay in the L2 cache; 38 MB at 128 x 128. Shorter ones would cost the second kernel,
+// which loads and stores the state in each, and leave too few blocks for the first.
+constexpr int64_t kOverlappedImages = 512;
 constexpr int kTokenThreads = 128;  // of a block of the generic kernel, at most
 
 // ---- The generic path
@@ -101,19 +107,29 @@ decltype(auto) dispatch_head(const KdaPrefillParams& p, Run&& run) {
   return p.key_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
 }
 
-// How the chunks are split into segments, and the workspace for the images of one.
+// How the chunks are split into segments, and the workspace for the images of one or, where the kernels of two segments
+// overlap, of two.
 struct Plan {
   int64_t chunks, segments, chunks_per_segment;
-  size_t workspace_bytes;
+  size_t segment_bytes, workspace_bytes;
+  bool overlapped = false;
 
   explicit Plan(const KdaPrefillParams& p) {
-    const size_t image_bytes =
-        dispatch_head(p, [&]<int K>() { return sizeof(ChunkImage<K, K>); }) * static_cast<size_t>(p.num_value_heads);
-    const int64_t most = std::max<int64_t>(1, kSegmentBytes / static_cast<int64_t>(image_bytes));
+    const int64_t image_bytes =
+        p.num_value_heads * dispatch_head(p, [&]<int K>() {
+          return static_cast<int64_t>(use_sm90() ? sizeof(ChunkImageSm90<K, K>) : sizeof(ChunkImage<K, K>));
+        });
+    int64_t most = std::max<int64_t>(1, kSegmentBytes / image_bytes);
     chunks = max_chunks(p.num_tokens, p.num_sequences);
+    // Not with a state in bfloat16, which every end of a segment rounds.
+    if (use_sm90() && p.state_dtype == DType::kF32 && 2 * p.num_sequences * p.num_value_heads <= multiprocessors()) {
+      most = std::min(std::max<int64_t>(1, most / 2), ceil_div(kOverlappedImages, p.num_value_heads));
+      overlapped = chunks > most;
+    }
     segments = std::max<int64_t>(1, ceil_div(chunks, most));
     chunks_per_segment = ceil_div(chunks, segments);
-    workspace_bytes = image_bytes * static_cast<size_t>(chunks_per_segment);
+    segment_bytes = static_cast<size_t>(image_bytes * chunks_per_segment);
+    workspace_bytes = segment_bytes * (overlapped ? 2 : 1);
   }
 };
 
@@ -127,31 +143,65 @@ void launch_chain(const KdaPrefillParams& p, Segment segment, cudaStream_t strea
          segment);
 }
 
+// As many slices of a head as find multiprocessors of their own; when the heads are enough for those, a block for the
+// whole head, which copies the images once. The same bits in any case.
 template <typename T, int K>
+void launch_portable_chain(const KdaPrefillParams& p, const Segment& segment, cudaStream_t stream) {
+  const int64_t heads = p.num_sequences * p.num_value_heads, processors = multiprocessors();
+  if (heads <= ceil_div<int64_t>(processors, 4))
+    launch_chain<T, K, K / 64>(p, segment, stream);
+  else if (heads <= ceil_div<int64_t>(processors, 2))
+    launch_chain<T, K, K / 32>(p, segment, stream);
+  else
+    launch_chain<T, K, K / 16>(p, segment, stream);
+}
+
+template <typename T, int K, int kWarpgroups>
+void launch_chain_sm90(const KdaPrefillParams& p, const Segment& segment, cudaStream_t stream) {
+  constexpr unsigned kCluster = ChainRing<K, K, kWarpgroups>::kCluster;
+  const dim3 blocks(static_cast<unsigned>(p.num_sequences) * kCluster, static_cast<unsigned>(p.num_value_heads));
+  launch({.cluster = kCluster, .overlap = true}, kda_chain_sm90_kernel<T, K, K, kWarpgroups>, blocks,
+         dim3(kWarpgroups * kWarpgroup), sizeof(ChainSharedSm90<K, kWarpgroups>), stream, p, segment);
+}
+
+// The same choice: halves of a head, in a cluster, where there are multiprocessors for both.
+template <typename T, int K>
+void launch_sm90_chain(const KdaPrefillParams& p, const Segment& segment, cudaStream_t stream) {
+  if (K == 64 || 2 * p.num_sequences * p.num_value_heads <= multiprocessors())
+    launch_chain_sm90<T, K, 1>(p, segment, stream);
+  else
+    launch_chain_sm90<T, K, K / 64>(p, segment, stream);
+}
+
+// All kernels, segment by segment: P0 C0 P1 C1 ... Where the plan has them overlap, each may begin before the one in
+// front of it has ended, in so far: C(s) waits for P(s); P(s) begins when all blocks of C(s - 1) run, and writes the
+// images that C(s - 2) has read; it ends only after C(s - 1), so that C(s) waits for that too. P0 waits for what is in
+// front of it on the stream.
+template <typename T, int K, typename Image>
 void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
+  constexpr bool kSm90 = std::is_same_v<Image, ChunkImageSm90<K, K>>;
   Segment segment;
-  segment.images = p.workspace;
-  segment.wide_inputs = aligned_to(16, p.q, p.k, p.v, p.g) &&
+  segment.wide_inputs = aligned_to(16, p.q, p.k, p.v, p.g, p.dt_bias) &&
                         multiples_of(8, p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride,
                                      p.v_token_stride, p.v_head_stride, p.g_token_stride, p.g_head_stride);
   segment.wide_out = aligned_to(8, p.out) && multiples_of(4, p.out_token_stride, p.out_head_stride);
   segment.wide_state = wide_state(p);
 
   const Plan plan(p);
-  for (int64_t first = 0; first < plan.chunks; first += plan.chunks_per_segment) {
+  segment.forward = plan.overlapped;
+  for (int64_t index = 0; index < plan.segments; ++index) {
+    const int64_t first = index * plan.chunks_per_segment;
     segment.first = static_cast<int>(first);
     segment.count = static_cast<int>(std::min(plan.chunks_per_segment, plan.chunks - first));
+    if (segment.count <= 0) break;
+    segment.images = static_cast<char*>(p.workspace) + (plan.overlapped ? index % 2 * plan.segment_bytes : 0);
     const dim3 blocks(static_cast<unsigned>(p.num_value_heads), static_cast<unsigned>(segment.count));
-    launch(kda_prep_kernel<T, K, K>, blocks, dim3(kPrepThreads), sizeof(PrepShared<K, K>), stream, p, segment);
-    // As many slices of a head as find multiprocessors of their own; when the heads are enough for those, a block for
-    // the whole head, which copies the images once. The same bits in any case.
-    const int64_t heads = p.num_sequences * p.num_value_heads, processors = multiprocessors();
-    if (heads <= ceil_div<int64_t>(processors, 4))
-      launch_chain<T, K, K / 64>(p, segment, stream);
-    else if (heads <= ceil_div<int64_t>(processors, 2))
-      launch_chain<T, K, K / 32>(p, segment, stream);
+    launch({.overlap = plan.overlapped && index > 0}, kda_prep_kernel<T, K, K, Image>, blocks, dim3(kPrepThreads),
+           sizeof(PrepShared<K, K>), stream, p, segment);
+    if constexpr (kSm90)
+      launch_sm90_chain<T, K>(p, segment, stream);
     else
-      launch_chain<T, K, K / 16>(p, segment, stream);
+      launch_portable_chain<T, K>(p, segment, stream);
   }
 }
 
@@ -165,7 +215,14 @@ size_t kda_prefill_workspace_bytes(const KdaPrefillParams& p) {
 void kda_prefill(const KdaPrefillParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0 || p.num_sequences == 0) return;
   if (!is_chunked(p)) return run_tokens(p, stream);
-  dispatch_half(p.dtype, [&]<typename T>() { dispatch_head(p, [&]<int K>() { run_chunks<T, K>(p, stream); }); });
+  dispatch_half(p.dtype, [&]<typename T>() {
+    dispatch_head(p, [&]<int K>() {
+      if (use_sm90())
+        run_chunks<T, K, ChunkImageSm90<K, K>>(p, stream);
+      else
+        run_chunks<T, K, ChunkImage<K, K>>(p, stream);
+    });
+  });
 }
 
 }  // namespace kimi::cuda

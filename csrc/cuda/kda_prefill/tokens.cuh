@@ -44,7 +44,8 @@ __device__ __forceinline__ void for_state_pieces(int key_dim, Body&& body) {
   }
 }
 
-// 8 channels of the pool, `at` elements from where `rows` begin.
+// 8 channels of the pool, `at` elements from where `rows` begin. Past the L1 cache: another kernel that is still
+// running may have written them.
 template <typename S>
 __device__ __forceinline__ void load_piece_of(const StateRows& rows, int at, float (&x)[8]) {
   const S* from = static_cast<const S*>(rows.data) + at;
@@ -53,13 +54,13 @@ __device__ __forceinline__ void load_piece_of(const StateRows& rows, int at, flo
 #pragma unroll
     for (int part = 0; part < 8; part += kWide) {
       float of_part[kWide];
-      load_packed<S, kWide>(from + part).unpack(of_part);
+      bits_as<Packed<S, kWide>>(__ldcg(reinterpret_cast<const uint4*>(from + part))).unpack(of_part);
 #pragma unroll
       for (int i = 0; i < kWide; ++i) x[part + i] = of_part[i];
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = to_float(from[i]);
+    for (int i = 0; i < 8; ++i) x[i] = to_float(__ldcg(from + i));
   }
 }
 template <typename S>

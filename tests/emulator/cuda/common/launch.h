@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <string_view>
 #include <utility>
 
 #include "cuda/common/dispatch.h"
@@ -24,16 +25,29 @@ inline int max_shared_bytes() {
   return bytes != nullptr ? std::atoi(bytes) : 227 * 1024;
 }
 inline bool use_sm90() {
-  return false;
+  const char* path = std::getenv("KIMI_CUDA_PATH");
+  return path != nullptr && std::string_view(path) == "sm90";
 }
 
+struct LaunchOptions {
+  unsigned cluster = 1;
+  bool overlap = false;  // kernels run one after the other here
+};
+
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args&&... args) {
+void launch(LaunchOptions options, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+            Args&&... args) {
   KIMI_CHECK(grid.y < 65536 && grid.z < 65536 && grid.x < (1u << 31), "grid too large");
   KIMI_CHECK(block.x * block.y * block.z <= 1024 && block.x > 0, "block of ", block.x * block.y * block.z, " threads");
   KIMI_CHECK(shared_bytes <= 227 * 1024, shared_bytes, " bytes of shared memory");
   emulator::note_launch(reinterpret_cast<const void*>(kernel));
-  emulator::run_grid(grid, block, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
+  emulator::run_grid(grid, block, options.cluster, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
+}
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            Args&&... args) {
+  launch(LaunchOptions(), kernel, grid, block, shared_bytes, stream, std::forward<Args>(args)...);
 }
 
 inline void memset_async(void* to, int value, size_t bytes, cudaStream_t) {

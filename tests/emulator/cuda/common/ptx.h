@@ -59,6 +59,11 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   });
 }
 
+template <typename T>
+void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  mma_m16n8k16<T>(d, {a[0], a[1], 0, 0}, {b, 0});
+}
+
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   MmaOperands x{d, a, b};
   emulator::warp_collective(&x, [](void* const* lanes) {

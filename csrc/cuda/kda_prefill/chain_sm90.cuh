@@ -1,0 +1,450 @@
+// K2 of the chunked path on Hopper: chain.cuh with matrix products of whole warpgroups (wgmma).
+//
+// A warpgroup has 64 rows of the state (values) x all key channels as fp32 accumulators, a warp 16 of them, as in
+// chain.cuh. Per chunk, transposed, w, q, kg and A_qk being right operands in shared memory as image_sm90.cuh has them:
+//
+//   (1) v'^T = u^T - S w^T   (2) o^T = S q^T   (3) S = S D + v'^T kg   (4) o^T += v'^T A_qk^T
+//
+// Block = (sequence, value head, 64 kWarpgroups values). One that has not all values of the head is in a cluster with
+// the others: each copies its share of the factors to all of them, so that an image leaves the L2 cache once.
+//
+// Time. (1) and (3) depend on each other from chunk to chunk, the others fill the time between: while (2) runs, v' is
+// rounded and checked and the state decayed; while (4) runs, the state is rounded for the next chunk; while (1) runs,
+// the output of the chunk before is written. K = V = 128, 64 values: 256 + 256 + 256 + 128 cycles of tensor cores a
+// chunk; 66 KB of shared memory filled, 1,030 cycles at 64 bytes each.
+//
+// Copies. A ring of kChainStages images. full[i] counts the bytes of stage i, empty[i] the warps, of all blocks of the
+// cluster, that have read it. Thread 0 starts the copies of the block's share when the stage is empty everywhere.
+//
+// Range: as in chain.cuh. A warpgroup whose v' is not finite, or whose chunk has units, leaves the main loop for
+// careful_chunk(), in which every warp finds its units; the products there are the same, in the same order.
+//
+// Shared memory: kChainStages * 66 or 74 KB (K = 128), 33 KB (K = 64) and the barriers.
+#pragma once
+
+#include "cuda/common/ptx_sm90.h"
+#include "cuda/common/shared_memory.h"
+#include "cuda/kda_prefill/chain_common.cuh"
+#include "cuda/kda_prefill/image_sm90.cuh"
+
+namespace kimi::cuda {
+
+inline constexpr int kChainStages = 3;  // one in use, two on their way: 74 KB each would leave no room for a fourth
+inline constexpr int kWarpgroup = 4 * kWarp;
+
+template <int K, int kWarpgroups>
+struct alignas(128) ChainStageSm90 {
+  ChunkFactorsSm90<K> factors;
+  uint4 u[4 * kWarpgroups][kGroups / 2][kWarp];  // of the block's values
+};
+
+template <int K, int kWarpgroups>
+struct ChainSharedSm90 {
+  ChainStageSm90<K, kWarpgroups> stages[kChainStages];
+  uint64_t full[kChainStages], empty[kChainStages];
+};
+
+// Between the order of channels in load_state() (lane t of a quad has channels 8 t + 2 x, + 1 of a block of 32 in s[x])
+// and that of the accumulators here (channels 8 x + 2 t, + 1): the transposition of 4 x 4 pairs, its own inverse.
+template <int K>
+__device__ __forceinline__ void transpose_quads(float (&s)[K / 8][4]) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < K / 32; ++j) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+      const bool upper = t & bit;
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        if (x & bit) continue;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float &low = s[4 * j + x][i], &high = s[4 * j + (x | bit)][i];
+          const float other = __shfl_xor_sync(kFullWarp, upper ? low : high, bit);
+          (upper ? low : high) = other;
+        }
+      }
+    }
+  }
+}
+
+// Accumulators are read only after the wait for them: the compiler may not move the reading up.
+template <int N>
+__device__ __forceinline__ void wgmma_results(float (&d)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) register_fence(d[i]);
+}
+
+// What a warp of the chain holds and does, chunk by chunk.
+template <typename T, int K, int kWarpgroups>
+struct ChainWarp {
+  using Stage = ChainStageSm90<K, kWarpgroups>;
+
+  float s[K / 8][4];                    // the state: rows g, g + 8 of the warp's 16, channels 8 i + 2 t, + 1
+  uint32_t state[K / 16][4];            // in fp16, as left operand
+  float values[kGroups][4];             // v'^T
+  uint32_t new_values[kGroups / 2][4];  // in fp16, as left operand
+  float out[kGroups][4];                // o^T
+
+  __device__ __forceinline__ static int warp() { return threadIdx.x / kWarp; }
+  __device__ __forceinline__ static int lane() { return threadIdx.x % kWarp; }
+
+  // state <- S * factor.
+  __device__ __forceinline__ void round_state(float factor) {
+#pragma unroll
+    for (int x = 0; x < K / 16; ++x) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&from)[4] = s[2 * x + i / 2];
+        state[x][i] = pack2<Fp16>(from[2 * (i % 2)] * factor, from[2 * (i % 2) + 1] * factor);
+      }
+    }
+  }
+
+  // values <- u^T * factor.
+  __device__ __forceinline__ void start_values(const Stage& stage, float factor) {
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) {
+      const uint4 words = stage.u[warp()][x][lane()];
+      const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack2<Fp16>(w[i]);
+        values[2 * x + i / 2][2 * (i % 2)] = pair.x * factor;
+        values[2 * x + i / 2][2 * (i % 2) + 1] = pair.y * factor;
+      }
+    }
+  }
+
+  // (1): values -= S w^T
+  __device__ __forceinline__ void multiply_w(const Stage& stage) {
+    const uint64_t w = wgmma_descriptor<false>(stage.factors.w, 128, 16 * K);
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(values, state[x], w + 16 * x, true);
+    wgmma_commit();
+  }
+
+  // (2): out <- S q^T
+  __device__ __forceinline__ void multiply_q(const Stage& stage) {
+    const uint64_t q = wgmma_descriptor<false>(stage.factors.q, 128, 16 * K);
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(out, state[x], q + 16 * x, x > 0);
+    wgmma_commit();
+  }
+
+  // (3): S += v'^T kg
+  __device__ __forceinline__ void multiply_kg(const Stage& stage) {
+    const uint64_t kg = wgmma_descriptor<true>(stage.factors.kg, 16 * K, 128);
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) {
+      if constexpr (K == 128)
+        wgmma_m64n128k16<true>(s, new_values[x], kg + 2 * K * x, true);
+      else
+        wgmma_m64n64k16<true>(s, new_values[x], kg + 2 * K * x, true);
+    }
+    wgmma_commit();
+  }
+
+  // (4): out += v'^T A_qk^T
+  __device__ __forceinline__ void multiply_a_qk(const Stage& stage) {
+    const uint64_t a_qk = wgmma_descriptor<false>(stage.factors.a_qk, 128, 128 * kGroups);
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) wgmma_m64n64k16<false>(out, new_values[x], a_qk + 16 * x, true);
+    wgmma_commit();
+  }
+
+  // new_values <- v'; true if all of the warp's are finite.
+  __device__ __forceinline__ bool round_values() {
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&from)[4] = values[2 * x + i / 2];
+        new_values[x][i] = pack2<Fp16>(from[2 * (i % 2)], from[2 * (i % 2) + 1]);
+      }
+    }
+    return __all_sync(kFullWarp, all_finite(new_values));
+  }
+
+  // S *= D
+  __device__ __forceinline__ void decay_state(const Stage& stage) {
+    const float* decay = &stage.factors.decay[2 * (threadIdx.x % 4)];
+#pragma unroll
+    for (int i = 0; i < K / 8; ++i) {
+      const auto pair = load_vec<float, 2>(decay + 8 * i);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[i][e] *= pair.x[e % 2];
+    }
+  }
+
+  // The output times `factor` to memory: the chunk's first `count` tokens, `to` being the first, at the warp's values.
+  __device__ __forceinline__ void write_out(T* to, int64_t token_stride, int count, float factor, bool wide) const {
+    uint32_t rows[kGroups][2];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        rows[i][r] = movmatrix_trans(pack2<T>(out[i][2 * r] * factor, out[i][2 * r + 1] * factor));
+    }
+    write_rows(rows, to, token_stride, count, wide);
+  }
+
+  __device__ __forceinline__ void load(const StateRows& rows, bool zeros) {
+    load_state<K / 32>(s, rows, K, zeros);
+    transpose_quads<K>(s);
+  }
+  __device__ __forceinline__ void store(const StateRows& rows) {
+    transpose_quads<K>(s);
+    store_state<K / 32>(s, rows, K);
+    transpose_quads<K>(s);
+  }
+};
+
+// A block's place in the work.
+struct ChainTask {
+  int sequence, head, first_value;  // of the warp
+  int64_t begin;                    // the sequence's first token
+  int length, first_of_sequence;    // tokens, and its first chunk's number
+  int first, last;                  // chunks of the sequence that are in the segment: [first, last)
+};
+
+// A chunk in which some warp of the warpgroup needs units of its own, or the recurrence (chain.cuh, "Range"); out is
+// written. `barrier`: of the warpgroup.
+template <typename T, int K, int kWarpgroups>
+__device__ __forceinline__ void careful_chunk(ChainWarp<T, K, kWarpgroups>& x, const KdaPrefillParams& p,
+                                              const Segment& segment, const ChainTask& task,
+                                              const ChainStageSm90<K, kWarpgroups>& stage, int chunk, T* out_of_chunk,
+                                              int barrier) {
+  const int exponent = stage.factors.exponent;
+  const int count = min(task.length - chunk * kChunk, kChunk);
+  bool exact = stage.factors.exact != 0;
+  if (!exact) {  // the same for the whole block
+    int unit = exponent == 0 ? 0 : choose_unit<K>(x.s, exponent);
+    bool again;
+    do {
+      exact = exact || (unit > 0 && unit - exponent > max_unit_gap(exponent));
+      x.round_state(exact ? 0.0f : power_of_two(-unit));
+      x.start_values(stage, exact ? 0.0f : power_of_two(exponent - unit));
+      x.multiply_w(stage);
+      wgmma_wait<0>();
+      wgmma_results(x.values);
+      again = false;
+      if (!x.round_values() && !exact) {
+        const int larger = choose_unit<K>(x.s, exponent);
+        exact = larger <= unit;
+        unit = larger;
+        again = true;
+      }
+    } while (barrier_or(barrier, kWarpgroup, again));
+
+    // The products are the warpgroup's. To a warp that does not want them v' is 0, and its state stays as it is.
+    if (exact) {
+#pragma unroll
+      for (int i = 0; i < 4 * (kGroups / 2); ++i) x.new_values[i / 4][i % 4] = 0;
+    } else {
+      scale_state<K>(x.s, power_of_two(-unit));
+      x.decay_state(stage);
+    }
+    x.multiply_q(stage);
+    x.multiply_kg(stage);
+    x.multiply_a_qk(stage);
+    wgmma_wait<0>();
+    wgmma_results(x.s);
+    wgmma_results(x.out);
+    if (!exact) {
+      scale_state<K>(x.s, power_of_two(unit));
+      x.write_out(out_of_chunk, p.out_token_stride, count, p.scale * power_of_two(unit), segment.wide_out);
+    }
+  }
+  if (exact) {
+    const int64_t token = task.begin + static_cast<int64_t>(chunk) * kChunk;
+    transpose_quads<K>(x.s);
+    run_tokens<T, K / 32>(TokenReader<T, K / 32>(p, task.head, task.first_value), token, token + count, x.s);
+    transpose_quads<K>(x.s);
+  }
+}
+
+// The ring of images. The block is at stage `index`, which is used for the even or odd time (`parity`).
+template <int K, int V, int kWarpgroups>
+struct ChainRing {
+  using Shared = ChainSharedSm90<K, kWarpgroups>;
+  using Image = ChunkImageSm90<K, V>;
+  static constexpr int kCluster = V / (64 * kWarpgroups);
+  static constexpr uint32_t kShare = sizeof(ChunkFactorsSm90<K>) / kCluster, kValues = sizeof(Shared::stages[0].u);
+  static_assert(kShare % 16 == 0 && kShare * kCluster == sizeof(ChunkFactorsSm90<K>));
+
+  Shared& shared;
+  int index = 0, parity = 0;
+
+  __device__ __forceinline__ explicit ChainRing(Shared& shared) : shared(shared) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < kChainStages; ++i) {
+        mbarrier_init(&shared.full[i], 1);
+        mbarrier_init(&shared.empty[i], 4 * kWarpgroups * kCluster);
+      }
+      mbarrier_init_fence();
+    }
+    if constexpr (kCluster > 1)
+      cluster_sync();
+    else
+      __syncthreads();
+  }
+
+  // One thread starts the copies of an image into stage `to`.
+  __device__ __forceinline__ void copy(const Image& image, int to) {
+    auto& stage = shared.stages[to];
+    uint64_t* const full = &shared.full[to];
+    mbarrier_arrive_expect_tx(full, kShare * kCluster + kValues);
+    if constexpr (kCluster > 1) {
+      const int rank = cluster_rank();
+      bulk_copy(stage.u, image.u[4 * kWarpgroups * rank], kValues, full);
+      bulk_copy_multicast(reinterpret_cast<char*>(&stage.factors) + kShare * rank,
+                          reinterpret_cast<const char*>(&image.factors) + kShare * rank, kShare, full,
+                          (1 << kCluster) - 1);
+    } else {
+      bulk_copy(stage.u, image.u, kValues, full);
+      bulk_copy(&stage.factors, &image.factors, kShare, full);
+    }
+  }
+  // The same into the stage in front of the present one, as soon as all warps have released it.
+  __device__ __forceinline__ void copy_behind(const Image& image) {
+    const int behind = index == 0 ? kChainStages - 1 : index - 1;
+    mbarrier_wait(&shared.empty[behind], index == 0 ? parity ^ 1 : parity);
+    copy(image, behind);
+  }
+
+  __device__ __forceinline__ const auto& stage() const { return shared.stages[index]; }
+  __device__ __forceinline__ void wait() { mbarrier_wait(&shared.full[index], parity); }
+  // The warp is done with the stage before the present one.
+  __device__ __forceinline__ void release_behind() {
+    uint64_t* const empty = &shared.empty[index == 0 ? kChainStages - 1 : index - 1];
+    if constexpr (kCluster > 1) {
+      if (threadIdx.x % kWarp < kCluster) mbarrier_arrive_cluster(empty, threadIdx.x % kWarp);
+    } else {
+      if (threadIdx.x % kWarp == 0) mbarrier_arrive(empty);
+    }
+  }
+  __device__ __forceinline__ void advance() {
+    if (++index == kChainStages) index = 0, parity ^= 1;
+  }
+};
+
+template <typename T, int K, int V, int kWarpgroups>
+__device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segment& segment) {
+  using Ring = ChainRing<K, V, kWarpgroups>;
+  auto& shared = shared_memory<ChainSharedSm90<K, kWarpgroups>>();
+  const int warp = threadIdx.x / kWarp;
+  const int slice = static_cast<int>(blockIdx.x) % Ring::kCluster;
+
+  // Phase 1: which of the sequence's chunks are in this segment.
+  grid_dependency_wait();
+  grid_launch_dependents();
+  ChainTask task;
+  task.sequence = static_cast<int>(blockIdx.x) / Ring::kCluster;
+  task.head = static_cast<int>(blockIdx.y);
+  task.first_value = (4 * kWarpgroups * slice + warp) * 16;
+  task.begin = p.cu_seqlens[task.sequence];
+  task.length = static_cast<int>(p.cu_seqlens[task.sequence + 1] - task.begin);
+  task.first_of_sequence = first_chunk(p.cu_seqlens, task.sequence);
+  task.first = max(segment.first - task.first_of_sequence, 0);
+  task.last = min(segment.first + segment.count - task.first_of_sequence, ceil_div(task.length, kChunk));
+  if (task.length <= 0 || task.first >= task.last) return;
+  T* const out =
+      static_cast<T*>(p.out) + task.begin * p.out_token_stride + task.head * p.out_head_stride + task.first_value;
+  const auto out_of = [&](int chunk) { return out + static_cast<int64_t>(chunk) * kChunk * p.out_token_stride; };
+  const int slot = p.slots[task.sequence];
+  if (slot < 0) {
+    const uint32_t zeros[kGroups][2] = {};
+    for (int chunk = task.first; chunk < task.last; ++chunk)
+      write_rows(zeros, out_of(chunk), p.out_token_stride, min(task.length - chunk * kChunk, kChunk), segment.wide_out);
+    return;
+  }
+  const auto rows_of = [&](int of_slot) {
+    return state_rows(p, segment.wide_state, of_slot, task.head, task.first_value);
+  };
+
+  // Phase 2: the first images, and the state.
+  Ring ring(shared);
+  const auto image_of_chunk = [&](int chunk) -> const auto& {
+    return image_of<typename Ring::Image>(segment, task.first_of_sequence + chunk, task.head, p.num_value_heads);
+  };
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int i = 0; i < min(kChainStages, task.last - task.first); ++i) ring.copy(image_of_chunk(task.first + i), i);
+  }
+  __syncwarp();
+  ChainWarp<T, K, kWarpgroups> x;
+  x.load(rows_of(slot), task.first == 0 && p.has_initial_state && !p.has_initial_state[task.sequence]);
+  x.round_state(1.0f);
+
+  // Phase 3: the chunks. `behind`: the output of the chunk before is in x.out, not yet written.
+  const int barrier = 1 + warp / 4;
+  bool behind = false;
+  ring.wait();
+  x.start_values(ring.stage(), 1.0f);
+#pragma unroll 1
+  for (int chunk = task.first; chunk < task.last; ++chunk) {
+    const auto& stage = ring.stage();
+    x.multiply_w(stage);
+    wgmma_wait<1>();  // waits for nothing: tells the compiler that only the products above are under way
+    if (behind) x.write_out(out_of(chunk - 1), p.out_token_stride, kChunk, p.scale, segment.wide_out);
+    x.multiply_q(stage);
+    if (threadIdx.x == 0 && chunk > task.first && chunk + kChainStages <= task.last)
+      ring.copy_behind(image_of_chunk(chunk + kChainStages - 1));
+    __syncwarp();
+    wgmma_wait<1>();
+    wgmma_results(x.values);
+    const bool plain = stage.factors.exponent == 0 && stage.factors.exact == 0 && x.round_values();
+    behind = !barrier_or(barrier, kWarpgroup, !plain);
+    const auto start_next = [&] {
+      x.round_state(1.0f);
+      ring.advance();
+      if (chunk + 1 == task.last) return;
+      ring.wait();
+      x.start_values(ring.stage(), 1.0f);
+    };
+    if (behind) {
+      x.decay_state(stage);
+      x.multiply_kg(stage);
+      x.multiply_a_qk(stage);
+      wgmma_wait<1>();
+      wgmma_results(x.s);
+      start_next();
+      wgmma_wait<0>();
+      wgmma_results(x.out);
+      ring.release_behind();
+    } else {
+      wgmma_wait<0>();
+      careful_chunk(x, p, segment, task, stage, chunk, out_of(chunk), barrier);
+      start_next();
+      ring.release_behind();
+    }
+    if (task.length - chunk * kChunk >= kChunk && chunk < p.num_snapshots) {
+      const int to = p.snapshot_slots[task.sequence * p.num_snapshots + chunk];
+      if (to >= 0) x.store(rows_of(to));
+    }
+  }
+
+  // Phase 4: the last output; the state, for the next segment or the caller.
+  if (behind) {
+    const int count = min(task.length - (task.last - 1) * kChunk, kChunk);
+    x.write_out(out_of(task.last - 1), p.out_token_stride, count, p.scale, segment.wide_out);
+  }
+  x.store(rows_of(slot));
+  if constexpr (Ring::kCluster > 1) cluster_sync();  // nobody leaves while others copy to it, or arrive at its barriers
+}
+
+// SASS: tensor cores, 16-byte loads
+template <typename T, int K, int V, int kWarpgroups>
+__global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
+    kda_chain_sm90_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
+  if constexpr (kHasSm90)
+    run_chain<T, K, V, kWarpgroups>(p, segment);
+  else
+    __trap();
+}
+
+}  // namespace kimi::cuda

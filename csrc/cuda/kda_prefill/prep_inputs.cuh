@@ -1,0 +1,343 @@
+// K1 of the chunked path, phases 1 and 2: the loads, the gates, the norms, and the values as operands.
+#pragma once
+
+#include "cuda/kda_prefill/prep_shared.cuh"
+
+namespace kimi::cuda {
+
+inline constexpr float kGateFloor = -30.0f;  // log2 of a token's decay within its group: 2^-30 is nothing to the state
+inline constexpr float kSumFloor =
+    -256.0f;  // of the decay over a group: 2^-256 is 0, and sums of eight stay exact enough
+
+// From raw gates (g + dt_bias) log2(e), or g log2(e) for ready log-decays, to the log2 of the decays. The form of the
+// gate is decided once for all elements: a branch for each would keep them from overlapping.
+template <int N, int M>
+__device__ __forceinline__ void log2_decays(const KdaPrefillParams& p, float log_rate, float (&x)[N][M]) {
+  if (p.gate == KdaGate::kLogDecay) return;
+  float rate = expf(log_rate);
+  if (rate < 1e-38f) rate = 1e-38f;  // so that the products below are never 0 * infinity
+  if (rate > 2e38f) rate = 2e38f;
+  if (p.gate == KdaGate::kBounded) {
+    const float lower_bound_log2 = p.lower_bound * kLog2e;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int m = 0; m < M; ++m) x[n][m] = lower_bound_log2 * rcp_approx(1.0f + exp2_approx(-rate * x[n][m]));
+    }
+  } else {
+    // log2(1 + 2^x) = max(x, 0) + log2(1 + y) with y = 2^-|x|. The polynomial log2(1 + y) / y has a relative error of
+    // 6e-5 for all y in [0, 1] (lg2.approx of 1 + y has an absolute one), which moves a decay by 4e-5 of the state at
+    // most: a decay that is relevant is no small power of 1/2.
+    const float c[5] = {-1.44261324f * rate, 0.71698743f * rate, -0.44189889f * rate, 0.2271195f * rate,
+                        -0.05965156f * rate};
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        const float y = exp2_approx(-fabsf(x[n][m]));
+        const float sum = fmaf(fmaf(fmaf(fmaf(c[4], y, c[3]), y, c[2]), y, c[1]), y, c[0]);
+        x[n][m] = fmaf(sum, y, -rate * fmaxf(x[n][m], 0.0f));
+      }
+    }
+  }
+}
+
+// unpack2, which takes three instructions for bf16.
+template <typename T>
+__device__ __forceinline__ float2 unpack_pair(uint32_t packed) {
+  if constexpr (std::is_same_v<T, Bf16>)
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+  else
+    return unpack2<T>(packed);
+}
+
+// N elements, in one access if they lie for it.
+template <bool kWide, typename T, int N>
+__device__ __forceinline__ Vec<T, N> load_elements(const T* from) {
+  if constexpr (kWide) {  // as words, which stay together
+    constexpr int kWords = N * static_cast<int>(sizeof(T)) / 4;
+    return bits_as<Vec<T, N>>(load_vec<uint32_t, kWords>(reinterpret_cast<const uint32_t*>(from)));
+  } else {
+    Vec<T, N> v;
+#pragma unroll
+    for (int i = 0; i < N; ++i) v.x[i] = from[i];
+    return v;
+  }
+}
+
+// What a thread loads: of all tokens of the group the raw gates of channels K / 32 * lane on, times log2(e); of its own
+// token q and k of channels 32 j + 8 t .. + 7 and v of channels 16 m + 4 t .. + 3. (By way of shared memory it would be
+// fewer registers, but shared memory is as busy as anything here.)
+template <typename T, int K, int V>
+struct PrepInputs {
+  uint4 q[K / 32], k[K / 32];
+  uint2 v[V / 16];
+  float gates[kGroup][K / kWarp];
+  float log_rate;
+  float beta;
+
+  // Without a branch between the loads, so that all are under way at once: rows past the end are another token's, and
+  // made harmless later.
+  template <bool kWide, typename G>
+  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task) {
+    constexpr int kChannels = K / kWarp;
+    const PrepLane at;
+    const int row = kGroup * at.group + at.g;
+    const uint64_t token = task.first_token + static_cast<unsigned>(row < task.count ? row : 0);
+    const T* from_q = static_cast<const T*>(p.q) + token * p.q_token_stride + task.qk_head * p.q_head_stride + 8 * at.t;
+    const T* from_k = static_cast<const T*>(p.k) + token * p.k_token_stride + task.qk_head * p.k_head_stride + 8 * at.t;
+    const T* from_v = static_cast<const T*>(p.v) + token * p.v_token_stride + task.head * p.v_head_stride + 4 * at.t;
+#pragma unroll
+    for (int j = 0; j < K / 32; ++j) {
+      q[j] = bits_as<uint4>(load_elements<kWide, T, 8>(from_q + 32 * j));
+      k[j] = bits_as<uint4>(load_elements<kWide, T, 8>(from_k + 32 * j));
+    }
+#pragma unroll
+    for (int m = 0; m < V / 16; ++m) v[m] = bits_as<uint2>(load_elements<kWide, T, 4>(from_v + 16 * m));
+    const int64_t beta_at = token * p.beta_token_stride + task.head * p.beta_head_stride;
+    beta = p.beta_dtype == DType::kF32 ? static_cast<const float*>(p.beta)[beta_at]
+                                       : to_float(static_cast<const T*>(p.beta)[beta_at]);
+    log_rate = p.A_log ? p.A_log[task.head] : 0.0f;
+    float bias[kChannels] = {};
+    if (p.dt_bias && p.gate != KdaGate::kLogDecay) {
+      const auto raw_bias = load_elements<kWide, float, kChannels>(p.dt_bias + task.head * K + kChannels * at.lane);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) bias[c] = raw_bias.x[c] * kLog2e;
+    }
+    const int left = task.count - kGroup * at.group;
+    const uint64_t first_of_group = task.first_token + static_cast<unsigned>(left > 0 ? kGroup * at.group : 0);
+    const G* from_g = static_cast<const G*>(p.g) + task.head * p.g_head_stride + kChannels * at.lane +
+                      first_of_group * p.g_token_stride;
+    // As words: elements would be taken apart, and waited for, in the branch.
+    using Words = Vec<uint32_t, kChannels * sizeof(G) / 4>;
+    Words raw[kGroup];
+    if (left >= kGroup) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i, from_g += p.g_token_stride)
+        raw[i] = bits_as<Words>(load_elements<kWide, G, kChannels>(from_g));
+    } else {
+      const int last = max(left - 1, 0);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i)
+        raw[i] = bits_as<Words>(load_elements<kWide, G, kChannels>(from_g + min(i, last) * p.g_token_stride));
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+#pragma unroll
+      for (int c = 0; c < kChannels; c += 2) {
+        float2 pair;
+        if constexpr (sizeof(G) == 2)
+          pair = unpack_pair<G>(raw[i].x[c / 2]);
+        else
+          pair = make_float2(__uint_as_float(raw[i].x[c]), __uint_as_float(raw[i].x[c + 1]));
+        gates[i][c] = fmaf(pair.x, kLog2e, bias[c]);
+        gates[i][c + 1] = fmaf(pair.y, kLog2e, bias[c + 1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, bool wide) {
+    const bool wide_gates = p.g_dtype == DType::kF32;
+    if (wide)
+      wide_gates ? load<true, float>(p, task) : load<true, T>(p, task);
+    else
+      wide_gates ? load<false, float>(p, task) : load<false, T>(p, task);
+  }
+};
+
+// Of a lane's channels in the layout of the gates, log2 of the decay over each half of the group, floored.
+template <int N>
+struct GroupHalves {
+  float first[N], second[N];
+};
+
+// Phase 1b. Sums of the gates over the group: leaves G - mid, and the sum for the others to add.
+template <typename T, int K, int V>
+__device__ __forceinline__ GroupHalves<K / kWarp> group_gates(const KdaPrefillParams& p, const PrepTask& task,
+                                                              PrepInputs<T, K, V>& inputs, PrepShared<K, V>& shared) {
+  constexpr int kChannels = K / kWarp, kMid = kGroup / 2 - 1;
+  const PrepLane at;
+  const int channel = kChannels * at.lane, left = task.count - kGroup * at.group;
+  auto& log2_decay = inputs.gates;
+  log2_decays(p, inputs.log_rate, log2_decay);
+  if (left < kGroup) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) log2_decay[i][c] = i < left ? log2_decay[i][c] : 0.0f;
+    }
+  }
+  GroupHalves<kChannels> halves;
+  Vec<float, kChannels> sum;
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    sum.x[c] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) sum.x[c] += log2_decay[i][c];
+    if (sum.x[c] < kSumFloor) sum.x[c] = kSumFloor;  // a NaN stays one
+    float from_mid = 0.0f;  // outwards from the middle; minus the floored decays towards the start
+#pragma unroll
+    for (int i = kMid; i >= 0; --i) {
+      const float next = from_mid + fminf(-log2_decay[i][c], -kGateFloor);
+      log2_decay[i][c] = from_mid;
+      from_mid = next;
+    }
+    halves.first[c] = -from_mid;
+    from_mid = 0.0f;
+#pragma unroll
+    for (int i = kMid + 1; i < kGroup; ++i) log2_decay[i][c] = from_mid += fmaxf(log2_decay[i][c], kGateFloor);
+    halves.second[c] = from_mid;
+  }
+  store_vec(&shared.sums[at.group][channel], sum);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i)
+    store_vec(&shared.groups[at.group][channel / 32].from_mid[i][from_mid_place(i, channel)],
+              bits_as<Vec<float, kChannels>>(log2_decay[i]));
+  return halves;
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack_eight(uint4 words, float (&x)[8]) {
+  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack2<T>(w[i]);
+    x[2 * i] = pair.x;
+    x[2 * i + 1] = pair.y;
+  }
+}
+
+// Sum of (2^-80 x)^2 over a token's row of q or k; each of its lanes gets it.
+template <typename T, int J>
+__device__ __forceinline__ float scaled_row_squares(const uint4 (&row)[J]) {
+  float sum[2] = {};
+#pragma unroll
+  for (int j = 0; j < J; ++j) {
+    float x[8];
+    unpack_eight<T>(row[j], x);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i % 2] = fmaf(0x1p-80f * x[i], 0x1p-80f * x[i], sum[i % 2]);
+  }
+  return warp_sum<4>(sum[0] + sum[1]);
+}
+
+// Sum of the squares of the lane's token's row: the diagonal of x x^T.
+template <typename T, int J>
+__device__ __forceinline__ float row_squares(const uint4 (&x)[J]) {
+  const PrepLane at;
+  // Two words of a lane are rows g and g + 8, of different channels: the product with either has one half of use. (To
+  // take the same words of q and k together would need moves between registers.)
+  float first[4] = {}, second[4] = {};
+#pragma unroll
+  for (int j = 0; j < J; ++j) {
+    mma_m16n8k8<T>(first, {x[j].x, x[j].y}, x[j].x);
+    mma_m16n8k8<T>(second, {x[j].x, x[j].y}, x[j].y);
+    mma_m16n8k8<T>(first, {x[j].z, x[j].w}, x[j].z);
+    mma_m16n8k8<T>(second, {x[j].z, x[j].w}, x[j].w);
+  }
+  const float diagonal = (at.g % 2 == 0 ? first[0] : first[1]) + (at.g % 2 == 0 ? second[2] : second[3]);
+  return __shfl_sync(kFullWarp, diagonal, 4 * at.g + at.g / 2);  // from the lane that holds row g, column g
+}
+
+// 1 / sqrt(sum x^2 + 1e-6) of a token's row, also where the squares overflow.
+template <typename T, int J>
+__device__ __forceinline__ float inverse_norm(const uint4 (&row)[J], float squares) {
+  float inverse = rsqrt_approx(squares + 1e-6f);
+  if (__any_sync(kFullWarp, !(squares < 1e37f))) {
+    const float scaled = rsqrt_approx(scaled_row_squares<T>(row)) * 0x1p-80f;
+    if (!(squares < 1e37f)) inverse = scaled;
+  }
+  return inverse;
+}
+
+// Factors of the lane's token.
+struct TokenScales {
+  float q, k;  // to normalize
+  float beta;  // as a power of two `step` times a number in [1, 2)
+  float step;
+  bool exact;  // numbers that fp16 operands may not hold, or a recurrence that grows
+};
+
+// Phase 2a.
+template <typename T, int K, int V>
+__device__ __forceinline__ TokenScales token_scales(const KdaPrefillParams& p, const PrepTask& task,
+                                                    const PrepInputs<T, K, V>& inputs, PrepShared<K, V>& shared) {
+  const PrepLane at;
+  TokenScales scales{1.0f, 1.0f, p.use_beta_sigmoid ? sigmoid(inputs.beta) : inputs.beta, 1.0f, false};
+  const auto &q = inputs.q, &k = inputs.k;
+  const float q2 = row_squares<T>(q), k2 = row_squares<T>(k);
+  if (p.use_qk_l2norm) {
+    scales.q = inverse_norm<T>(q, q2);
+    scales.k = inverse_norm<T>(k, k2);
+    if (!p.use_beta_sigmoid) scales.exact = scales.beta < 0.0f || scales.beta > 2.2f;
+  } else {
+    scales.exact = scales.beta < 0.0f || scales.beta * k2 > 2.2f || k2 > 0x1p12f || q2 > 0x1p16f ||
+                   (k2 > 0.0f && k2 < 0x1p-12f) || (q2 > 0.0f && q2 < 0x1p-16f);
+  }
+  const int token = kGroup * at.group + at.g;
+  if (token >= task.count) scales.beta = scales.q = scales.k = 0.0f;  // nothing of such a token is left
+  // Not below the normal numbers of fp16, which has to hold it.
+  const int exponent = min(max(exponent_of(scales.beta), -14), 1);
+  scales.step = power_of_two(exponent);
+  if (at.t == 0) shared.beta[token] = scales.beta * power_of_two(-exponent);
+  const int shift = at.g / 2 == at.t ? at.g % 2 * 16 : 32;  // the diagonal, row 2t or 2t + 1 of column g
+  const auto on_diagonal = [&](uint32_t x) { return shift == 32 ? 0u : x << shift; };
+  shared.step[at.group][at.lane] = on_diagonal(pack2<Fp16>(scales.step, 0.0f));
+  shared.value_step[at.group][at.lane] = on_diagonal(pack2<T>(scales.step, 0.0f));
+  return scales;
+}
+
+template <typename T>
+struct PairOf;  // the pair type
+template <>
+struct PairOf<Bf16> {
+  using Type = __nv_bfloat162;
+};
+template <>
+struct PairOf<Fp16> {
+  using Type = __half2;
+};
+
+__device__ __forceinline__ uint4 movmatrix_trans(uint4 x) {
+  return make_uint4(movmatrix_trans(x.x), movmatrix_trans(x.y), movmatrix_trans(x.z), movmatrix_trans(x.w));
+}
+
+// Phase 2b. The group's values transposed; and the largest and smallest of the tokens' largest.
+template <typename T, int K, int V>
+__device__ __forceinline__ void transpose_values(const uint2 (&row)[V / 16], PrepShared<K, V>& shared) {
+  using Pair = typename PairOf<T>::Type;
+  const PrepLane at;
+  Pair most = __habs2(bits_as<Pair>(row[0].x));
+#pragma unroll
+  for (int m = 0; m < V / 16; ++m) {
+    most = __hmax2(most, __habs2(bits_as<Pair>(row[m].x)));
+    most = __hmax2(most, __habs2(bits_as<Pair>(row[m].y)));
+  }
+#pragma unroll
+  for (int i = 0; i < V / 32; ++i)
+    shared.v[at.group][i][at.lane] =
+        movmatrix_trans(make_uint4(row[2 * i].x, row[2 * i].y, row[2 * i + 1].x, row[2 * i + 1].y));
+  const float2 pair = unpack2<T>(bits_as<uint32_t>(most));
+  // As whole numbers, whose order is that of the magnitudes.
+  const uint32_t largest = __float_as_uint(warp_max<4>(fmaxf(pair.x, pair.y)));
+  constexpr uint32_t kInfinity = 0x7f800000u;
+  const uint32_t of_group = warp_max(largest);
+  const uint32_t smallest = kInfinity - warp_max(largest > 0 && largest < kInfinity ? kInfinity - largest : 0u);
+  if (at.lane == 0) {
+    shared.largest_value[at.group] = __uint_as_float(of_group);
+    shared.smallest_value[at.group] = __uint_as_float(smallest);
+  }
+}
+
+// Phase 2c. One channel a thread: the sums over the groups become sums from the chunk's start to the group's end.
+template <int K, int V, typename Image>
+__device__ __forceinline__ void add_groups(PrepShared<K, V>& shared, Image& image) {
+  const int c = static_cast<int>(threadIdx.x);
+  if (c >= K) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int m = 0; m < kGroups; ++m) shared.sums[m][c] = sum += shared.sums[m][c];
+  image.store_decay(c, exp2_approx(sum));
+}
+
+}  // namespace kimi::cuda

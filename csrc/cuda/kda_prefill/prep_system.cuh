@@ -1,0 +1,195 @@
+// K1 of the chunked path, phases 4 and 5: A_kk and A_qk, and w and u by forward substitution.
+#pragma once
+
+#include "cuda/kda_prefill/prep_operands.cuh"
+
+namespace kimi::cuda {
+
+// Multiplies the rows, in place, by a power of two of each channel.
+template <int K>
+__device__ __forceinline__ void scale_rows(RowOperands<K>& rows, const Fp16* power) {
+  const PrepLane at;
+#pragma unroll
+  for (int j = 0; j < K / 32; ++j) {
+    const auto factor = load_vec<uint32_t, 4>(reinterpret_cast<const uint32_t*>(power + 32 * j + 8 * at.t));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      uint32_t& x = rows.a[2 * j + i / 4][i % 4];
+      x = bits_as<uint32_t>(__hmul2(bits_as<__half2>(x), bits_as<__half2>(factor.x[i / 2])));
+    }
+  }
+}
+
+// Phase 4a. Tiles of 8 x 8 of both matrices, of the rows of this warp's group and the columns of one or two earlier
+// ones: columns[i] are words of the lane, one every step[i]. Leaves 2^e times -L where substitute() reads it, in fp16
+// pairs of row g, columns 2t and 2t + 1; and gives those of A_qk.
+template <int K, int kTiles>
+__device__ __forceinline__ void group_products(const RowOperands<K>& rows, const uint4* const (&columns)[kTiles],
+                                               const int (&step)[kTiles], float row_factor, uint4& a_kk,
+                                               uint32_t (&a_qk)[kTiles]) {
+  float part[kTiles][2][4] = {};  // several chains: an mma takes several times longer to finish than to start
+#pragma unroll
+  for (int j = 0; j < K / 32; ++j) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const uint4 b = columns[i][j * step[i]];
+      mma_m16n8k16<Fp16>(part[i][0], rows.a[2 * j], {b.x, b.y});
+      mma_m16n8k16<Fp16>(part[i][1], rows.a[2 * j + 1], {b.z, b.w});
+    }
+  }
+  uint32_t upper[2] = {}, lower[2] = {};
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const float x = (part[i][0][0] + part[i][1][0]) * row_factor, y = (part[i][0][1] + part[i][1][1]) * row_factor;
+    upper[i] = pack2<Fp16>(x, y);
+    const float2 rounded = unpack2<Fp16>(upper[i]);
+    lower[i] = pack2<Fp16>(x - rounded.x, y - rounded.y);
+    a_qk[i] = pack2<Fp16>(part[i][0][2] + part[i][1][2], part[i][0][3] + part[i][1][3]);
+  }
+  a_kk = make_uint4(upper[0], upper[1], lower[0], lower[1]);
+}
+
+// Phase 4. This group's rows of A_kk and A_qk, level by level, so that hardly a product needs factors between groups.
+template <int K, int V, typename Image>
+__device__ __forceinline__ void make_systems(RowOperands<K>& rows, uint32_t a_qk_diagonal, float step,
+                                             PrepShared<K, V>& shared, Image& image) {
+  const PrepLane at;
+  constexpr int kStep = sizeof(shared.groups[0][0]) / 16;
+  const int m = at.group, first = m / 4 * 4, in_half = m % 4;
+  const auto k_end = [&](int group) { return &shared.groups[group][0].operands.k_end[at.lane]; };
+  uint4* const a_kk = &shared.a_kk[m * m / 4][at.lane];  // of column groups 0 and 1
+  uint32_t near[4] = {}, far[4] = {};                    // A_qk: column groups of this half of the chunk, of the first
+  if (m % 2 == 1) {                                      // with the other one of the pair
+    uint32_t tile[1];
+    group_products<K, 1>(rows, {k_end(m - 1)}, {kStep}, step, a_kk[m / 2 * kWarp], tile);
+    near[0] = near[2] = tile[0];
+  }
+  if (in_half >= 2) {  // with the pair before, in the same half
+    if (in_half == 3) scale_rows<K>(rows, shared.powers[m][kWithinHalf]);
+    uint32_t tiles[2];
+    group_products<K, 2>(rows, {&shared.k_quarter[m / 4][0][at.lane], k_end(first + 1)}, {kWarp, kStep}, step,
+                         a_kk[first / 2 * kWarp], tiles);
+    near[0] = tiles[0];
+    near[1] = tiles[1];
+  }
+  near[0] = in_half == 0 ? a_qk_diagonal : near[0];
+  near[1] = in_half == 1 ? a_qk_diagonal : near[1];
+  near[2] = in_half == 2 ? a_qk_diagonal : in_half == 3 ? near[2] : 0;
+  near[3] = in_half == 3 ? a_qk_diagonal : 0;
+  if (m < 4) return image.store_a_qk(m, at.lane, {near[0], near[1], near[2], near[3], 0, 0, 0, 0});
+  // With the first half.
+  if (m > 4) scale_rows<K>(rows, shared.powers[m][kBetweenHalves]);
+  const auto k_half = [&](int group) { return &shared.k_half[group][0][at.lane]; };
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    uint32_t tiles[2];
+    group_products<K, 2>(rows, {k_half(i), i == 0 ? k_half(1) : k_end(3)}, {kWarp, i == 0 ? kWarp : kStep}, step,
+                         a_kk[i / 2 * kWarp], tiles);
+    far[i] = tiles[0];
+    far[i + 1] = tiles[1];
+  }
+  image.store_a_qk(m, at.lane, {far[0], far[1], far[2], far[3], near[0], near[1], near[2], near[3]});
+}
+
+// Phase 4b. Inverses T of the diagonal blocks of I + A_kk, four a warp, a column a lane; times beta 2^-e.
+template <int K, int V>
+__device__ __forceinline__ void invert_diagonal_blocks(PrepShared<K, V>& shared) {
+  const int block = threadIdx.x / kGroup, column = threadIdx.x % kGroup;
+  float x[kGroup];
+#pragma unroll
+  for (int row = 0; row < kGroup; ++row) {
+    float n[kGroup];
+    load_eight(n, shared.system[block][row]);
+    x[row] = row == column ? 1.0f : 0.0f;
+#pragma unroll
+    for (int i = 0; i < row; ++i) x[row] = fmaf(-n[i], x[i], x[row]);
+  }
+  const float beta = shared.beta[kGroup * block + column];
+#pragma unroll
+  for (int row = 0; row < kGroup; ++row) shared.inverse[block][row][column] = from_float<Fp16>(x[row] * beta);
+}
+
+// Phase 4c. The units of the values, and the image's header; a whole warp.
+template <typename T, int K, int V, typename Image>
+__device__ __forceinline__ void choose_units(bool exact, PrepShared<K, V>& shared, Image& image) {
+  const PrepLane at;
+  const float largest = warp_max<kGroups>(shared.largest_value[at.lane % kGroups]);
+  const float smallest = -warp_max<kGroups>(-shared.smallest_value[at.lane % kGroups]);
+  // The powers of two that T holds: also 2^-14 times it.
+  constexpr int kLeast = std::is_same_v<T, Fp16> ? -15 : -100, kMost = std::is_same_v<T, Fp16> ? 15 : 112;
+  int exponent = exponent_of(largest);
+  exponent =
+      largest == 0.0f || (exponent >= -8 && exponent < 9) || exponent > 127 ? 0 : min(max(exponent - 4, kLeast), kMost);
+  if (at.lane == 0) {
+    shared.exponent = exponent;
+    // In units for very large values, a token of ordinary ones would drown, and the large ones may soon be forgotten.
+    image.store_header(exponent, exact || (exponent > 0 && exponent_of(smallest) < exponent - 12));
+  }
+}
+
+// Phase 5. 32 rows (the warp's: channels of w, then values of u) of X = R T^T with R = rows x tokens, by forward
+// substitution over the groups: X_i = (R_i 2^e - sum over j < i of X_j (2^e L_ij)^T) (T_ii beta 2^-e)^T. The powers of
+// two of beta go with the rows, so that fp16 holds all of it. x[group][half] are fp16 pairs of tokens 2t, 2t + 1: rows
+// g and g + 8 of the half.
+template <typename T, int K, int V>
+__device__ __forceinline__ void substitute(const PrepShared<K, V>& shared, uint32_t (&x)[kGroups][2][2]) {
+  const PrepLane at;
+  float sum[kGroups][2][4] = {};
+  const auto load_rows = [&]<typename Element>(const uint4* rows, int step, const uint32_t* diagonal, float unit) {
+    const uint32_t units = pack2<Element>(unit, unit);
+    using Pair = typename PairOf<Element>::Type;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const uint4 words = rows[i * step];
+      const uint32_t b = bits_as<uint32_t>(__hmul2(bits_as<Pair>(diagonal[i * kWarp]), bits_as<Pair>(units)));
+      mma_m16n8k8<Element>(sum[i][0], {words.x, words.y}, b);
+      mma_m16n8k8<Element>(sum[i][1], {words.z, words.w}, b);
+    }
+  };
+  if (at.group < K / 32) {
+    load_rows.template operator()<Fp16>(&shared.k_start[0][at.group][at.lane], sizeof(shared.k_start[0]) / 16,
+                                        &shared.step[0][at.lane], 1.0f);
+  } else {
+    load_rows.template operator()<T>(&shared.v[0][at.group - K / 32][at.lane], sizeof(shared.v[0]) / 16,
+                                     &shared.value_step[0][at.lane], power_of_two(-shared.exponent));
+  }
+  // sum[row_group] -= X A^T for the column groups of the a operands.
+  const auto eliminate = [&](int row_group, int s, const uint32_t (&a)[2][4]) {
+    const uint4 b = shared.a_kk[row_group * row_group / 4 + s][at.lane];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mma_m16n8k16<Fp16>(sum[row_group][half], a[half], {b.x, b.y});
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mma_m16n8k16<Fp16>(sum[row_group][half], a[half], {b.z, b.w});
+  };
+  const auto eliminate_first = [&](int row_group, int s) {  // of the two column groups: the other is the row group's
+    const uint4 b = shared.a_kk[row_group * row_group / 4 + s][at.lane];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mma_m16n8k8<Fp16>(sum[row_group][half], x[row_group - 1][half], b.x);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mma_m16n8k8<Fp16>(sum[row_group][half], x[row_group - 1][half], b.z);
+  };
+  const auto solve = [&](int i) {
+    const uint32_t b = *reinterpret_cast<const uint32_t*>(&shared.inverse[i][at.g][2 * at.t]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float (&r)[4] = sum[i][half];
+      float solution[4] = {};
+      mma_m16n8k8<Fp16>(solution, {pack2<Fp16>(r[0], r[1]), pack2<Fp16>(r[2], r[3])}, b);
+      x[i][half][0] = pack2<Fp16>(solution[0], solution[1]);
+      x[i][half][1] = pack2<Fp16>(solution[2], solution[3]);
+    }
+  };
+#pragma unroll
+  for (int s = 0; s < kGroups / 2; ++s) {
+    const int i = 2 * s;
+    solve(i);
+    eliminate_first(i + 1, s);
+    solve(i + 1);
+    const uint32_t a[2][4] = {{x[i][0][0], x[i][0][1], x[i + 1][0][0], x[i + 1][0][1]},
+                              {x[i][1][0], x[i][1][1], x[i + 1][1][0], x[i + 1][1][1]}};
+#pragma unroll
+    for (int row_group = i + 2; row_group < kGroups; ++row_group) eliminate(row_group, s, a);
+  }
+}
+
+}  // namespace kimi::cuda

@@ -1,0 +1,92 @@
+// The emulator's form of csrc/cuda/common/ptx_sm90.h: what each instruction does, from the PTX ISA.
+#pragma once
+
+#include "asynchronous.h"
+#include "cuda/common/ptx.h"
+
+namespace kimi::cuda {
+
+inline constexpr bool kHasSm90 = true;
+
+// ---- mbarrier ------------------------------------------------------------------------------------------------------
+
+inline void mbarrier_init(uint64_t* barrier, int arrivals) {
+  emulator::mbarrier_init(barrier, arrivals);
+}
+inline void mbarrier_init_fence() {
+  emulator::mbarrier_init_fence();
+}
+inline void mbarrier_arrive(uint64_t* barrier) {
+  emulator::mbarrier_arrive(barrier, -1, 0);
+}
+inline void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
+  emulator::mbarrier_arrive(barrier, rank, 0);
+}
+inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  emulator::mbarrier_arrive(barrier, -1, bytes);
+}
+inline void mbarrier_wait(uint64_t* barrier, int parity) {
+  emulator::mbarrier_wait(barrier, parity);
+}
+
+// ---- Bulk copies ---------------------------------------------------------------------------------------------------
+
+inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  emulator::bulk_copy(shared, global, bytes, barrier, 1u << emulator::current->rank);
+}
+inline void bulk_copy_multicast(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint16_t blocks) {
+  emulator::bulk_copy(shared, global, bytes, barrier, blocks);
+}
+
+// ---- Clusters, dependent launches ----------------------------------------------------------------------------------
+
+inline int cluster_rank() {
+  return emulator::current->rank;
+}
+inline void cluster_sync() {
+  emulator::cluster_barrier();
+}
+inline void grid_dependency_wait() {}  // kernels run one after the other here
+inline void grid_launch_dependents() {}
+
+// ---- wgmma ---------------------------------------------------------------------------------------------------------
+
+inline void wgmma_fence() {
+  emulator::wgmma_fence();
+}
+inline void wgmma_commit() {
+  emulator::wgmma_commit();
+}
+template <int N>
+void wgmma_wait() {
+  emulator::wgmma_wait(N);
+}
+
+inline void register_fence(float (&)[4]) {}
+
+template <bool kMnMajor>
+uint64_t wgmma_descriptor(const void* shared, int k_stride, int column_stride) {
+  return uint64_t{emulator::shared_address(shared)} >> 4 | uint64_t(k_stride >> 4) << 16 |
+         uint64_t(column_stride >> 4) << 32;
+}
+
+template <bool kMnMajor, int kTiles>
+void wgmma_fp16(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  emulator::wgmma({&d[0][0], kTiles, {a[0], a[1], a[2], a[3]}, b, kMnMajor, accumulate});
+}
+template <bool kMnMajor>
+void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  wgmma_fp16<kMnMajor>(d, a, b, accumulate);
+}
+template <bool kMnMajor>
+void wgmma_m64n128k16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  wgmma_fp16<kMnMajor>(d, a, b, accumulate);
+}
+
+// ---- Barriers ------------------------------------------------------------------------------------------------------
+
+inline bool barrier_or(int id, int threads, bool predicate) {
+  return emulator::block_barrier_or(id, threads, predicate);
+}
+
+}  // namespace kimi::cuda
