@@ -1,8 +1,8 @@
 """Kimi Delta Attention over vLLM's pool of state blocks: the layer, its attention backend, and the metadata of a step.
 
-A block of the pool is one sequence's state in one layer: the last 3 inputs of the short convolution, then the recurrent state in
-float32. vLLM gives blocks, copies them where a cached prefix is continued, and pads them to the size of an attention page; our
-operators read and write them in place, by block number.
+A block of the pool is one sequence's state in one layer: the last 3 inputs of the short convolution, then the recurrent state, in
+float32 unless `mamba_ssm_cache_dtype` says bfloat16. vLLM gives blocks, copies them where a cached prefix is continued, and pads them
+to the size of an attention page; our operators read and write them in place, by block number.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ def state_shapes(config: KimiLinearConfig, ranks: int) -> tuple[tuple[int, int],
     """Of one rank's block: convolution ``[3, channels]`` and recurrent state ``[heads, V, K]``."""
     heads, dim = config.kda_num_heads // ranks, config.kda_head_dim
     return (config.short_conv_kernel_size - 1, 3 * heads * dim), (heads, dim, dim)
+
+
+def state_dtypes(vllm_config: Any) -> tuple[torch.dtype, torch.dtype]:
+    """Of the convolution's and of the recurrent state."""
+    recurrent = torch.bfloat16 if vllm_config.cache_config.mamba_ssm_cache_dtype == "bfloat16" else torch.float32
+    return vllm_config.model_config.dtype, recurrent
 
 
 @dataclass
@@ -114,7 +120,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
     def __init__(self, config: KimiLinearConfig, vllm_config: Any, shard: Shard, prefix: str):
         super().__init__()
         self.config, self.shard, self.prefix = config, shard, prefix
-        self._dtype = vllm_config.model_config.dtype
+        self._dtypes = state_dtypes(vllm_config)
         self._shapes = state_shapes(config, shard.size)
         heads, dim, hidden = config.kda_num_heads // shard.size, config.kda_head_dim, config.hidden_size
         self.heads, self.dim, self.width = heads, dim, heads * dim
@@ -137,7 +143,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         return self._shapes
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return self._dtype, torch.float32
+        return self._dtypes
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:

@@ -27,7 +27,7 @@ from vllm.sequence import IntermediateTensors
 
 from kimi_native import __version__, ops
 from kimi_native.compat.vllm import SWITCH, support
-from kimi_native.compat.vllm.kda import KimiDeltaAttention, state_shapes
+from kimi_native.compat.vllm.kda import KimiDeltaAttention, state_dtypes, state_shapes
 from kimi_native.compat.vllm.loading import Place, attention_places, ffn_places, load
 from kimi_native.compat.vllm.mla import MultiHeadLatentAttention
 from kimi_native.compat.vllm.moe import Mlp, MoE
@@ -147,7 +147,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, SupportsPP, IsHybrid, Supp
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> Any:
         if not support.supported(vllm_config):
             return own_class().get_mamba_state_dtype_from_config(vllm_config)
-        return vllm_config.model_config.dtype, torch.float32
+        return state_dtypes(vllm_config)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> Any:

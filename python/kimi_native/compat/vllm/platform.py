@@ -4,7 +4,8 @@
 vLLM's own CPU kernels for it (outside of AMX machines) take whole prompts only; and it sets the block size to the one that those
 kernels take, each time that a configuration is copied, also after workers and scheduler have agreed on a larger one (then a prompt would
 be cut where no state is kept, and a cached prefix would be continued from a wrong one). Ours take any chunk with any prefix and any
-multiple of 16, and no extension point lets a model say so. The wrapper runs vLLM's function and then, for a model that runs with our
+multiple of 16, and no extension point lets a model say so. It also sets the dtype of recurrent states to float32 for models other than
+those that its own kernels know; ours take bfloat16. The wrapper runs vLLM's function and then, for a model that runs with our
 layers, puts back what was there. It touches no other model.
 """
 
@@ -12,10 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from kimi_native.compat.vllm import ARCHITECTURE
+
 _ORIGINAL = "_kimi_native_original"
+_STATE_DTYPE = ("cache_config", "mamba_ssm_cache_dtype")
 _KEPT = [
     ("scheduler_config", "enable_chunked_prefill"), ("scheduler_config", "max_num_batched_tokens"),
-    ("cache_config", "enable_prefix_caching"), ("cache_config", "block_size"),
+    ("cache_config", "enable_prefix_caching"), ("cache_config", "block_size"), _STATE_DTYPE,
 ]  # fmt: skip
 
 
@@ -32,12 +36,21 @@ def keep_chunked_prefill() -> None:
     original = vars(CpuPlatform)["check_and_update_config"]
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        before = {(part, name): getattr(getattr(vllm_config, part), name) for part, name in _KEPT}
+        asked = _values(vllm_config)
         original.__func__(cls, vllm_config)
-        if vllm_config.model_config is not None and _is_ours(vllm_config):
-            for (part, name), value in before.items():
-                setattr(getattr(vllm_config, part), name, value)
-            _logger().info_once("kimi_native: its CPU kernels take chunked prefill and prefix caching, which stay as they were asked for")
+        if vllm_config.model_config is None or vllm_config.model_config.architecture != ARCHITECTURE:
+            return
+        decided = _values(vllm_config)
+        from kimi_native.compat.vllm.support import reasons_against, supported
+
+        # A dtype of states that we do not take either is as vLLM's function left it.
+        for values in (asked, asked | {_STATE_DTYPE: decided[_STATE_DTYPE]}):
+            _set(vllm_config, values)
+            if not list(reasons_against(vllm_config)):
+                _logger().info_once("kimi_native: its CPU kernels take chunked prefill and prefix caching; both stay as asked for")
+                return
+        _set(vllm_config, decided)
+        supported(vllm_config)  # says why not, before vLLM goes on with its own code
 
     setattr(CpuPlatform, _ORIGINAL, original)
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
@@ -52,11 +65,13 @@ def restore() -> None:
         delattr(CpuPlatform, _ORIGINAL)
 
 
-def _is_ours(vllm_config: Any) -> bool:
-    from kimi_native.compat.vllm import ARCHITECTURE
-    from kimi_native.compat.vllm.support import supported
+def _values(vllm_config: Any) -> dict[tuple[str, str], Any]:
+    return {(part, name): getattr(getattr(vllm_config, part), name) for part, name in _KEPT}
 
-    return vllm_config.model_config.architecture == ARCHITECTURE and supported(vllm_config)
+
+def _set(vllm_config: Any, values: dict[tuple[str, str], Any]) -> None:
+    for (part, name), value in values.items():
+        setattr(getattr(vllm_config, part), name, value)
 
 
 def _logger() -> Any:

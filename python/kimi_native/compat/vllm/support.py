@@ -113,8 +113,10 @@ def _caches(vllm_config: Any) -> Iterator[str]:
         yield f"kv_cache_dtype {cache.cache_dtype!r} is not supported, only the model's own ({dtype})"
     if names.get(cache.mamba_cache_dtype) != dtype:
         yield f"mamba_cache_dtype {cache.mamba_cache_dtype!r} is not supported, only the model's own ({dtype})"
-    if cache.mamba_ssm_cache_dtype not in ("auto", "float32"):
-        yield f"mamba_ssm_cache_dtype {cache.mamba_ssm_cache_dtype!r} is not supported, only 'float32'"
+    half = dtype in (torch.bfloat16, torch.float16)
+    if cache.mamba_ssm_cache_dtype not in ("auto", "float32", *(["bfloat16"] if half else [])):
+        takes = "'float32' or 'bfloat16'" if half else "'float32'"
+        yield f"mamba_ssm_cache_dtype {cache.mamba_ssm_cache_dtype!r} is not supported with {dtype}, only {takes}"
     if cache.use_replayssm:
         yield "ReplaySSM is not supported"
 
