@@ -7,31 +7,16 @@
 #include "buffer.h"
 #include "check.h"
 #include "cuda/common/launch.h"
-#include "cuda/common/ptx_sm90.h"
+#include "cuda/common/ptx.h"
 #include "cuda/common/reduce.h"
+#include "elements.h"
+#include "sm90.h"
 
 namespace kimi::cuda {
 namespace {
 
 using kimi_test::Buffer;
 using kimi_test::Checker;
-
-// Elements of [rows, columns] matrices in row-major order.
-template <typename T>
-std::vector<T> random_elements(size_t n, uint32_t seed) {
-  kimi_test::Random random(seed);
-  std::vector<T> values;
-  for (size_t i = 0; i < n; ++i) {
-    if constexpr (std::is_same_v<T, float>) {
-      values.push_back(random());
-    } else if constexpr (std::is_same_v<T, Bf16>) {
-      values.push_back(__float2bfloat16(random()));
-    } else {
-      values.push_back(__float2half(random()));
-    }
-  }
-  return values;
-}
 
 // ---- Matrix products -----------------------------------------------------------------------------------------------
 
@@ -535,156 +520,6 @@ void test_special_functions(Checker& checker) {
   launch(special, 1, 32, 0, nullptr, device_edges.get(), out_edges.get(), 4);
   const auto e = out_edges.read();
   checker.check(e[0] == 0.0f && e[1] == 0.0f && e[2] == 1.0f && std::isinf(e[3]), "exp2_approx: underflow is zero");
-}
-
-// ---- Hopper --------------------------------------------------------------------------------------------------------
-
-struct WgmmaShared {
-  unsigned char b[16 * 128 * 2];
-  uint64_t barrier;
-};
-
-// d [64, 8 kTiles] = a b for a [64, 16] row-major and b in global memory as wgmma wants it in shared memory: blocks of
-// 8 x 8 elements, 128 bytes each, `k_stride` and `column_stride` apart. In two halves: the second product is
-// accumulated.
-template <bool kMnMajor, int kTiles>
-__global__ void product_of_warpgroup(const Fp16* a, const unsigned char* b, float* d, int k_stride, int column_stride) {
-  if constexpr (kHasSm90) {
-    auto& shared = shared_memory<WgmmaShared>();
-    if (threadIdx.x == 0) {
-      mbarrier_init(&shared.barrier, 1);
-      mbarrier_init_fence();
-      mbarrier_arrive_expect_tx(&shared.barrier, 16 * 8 * kTiles * 2);
-      bulk_copy(shared.b, b, 16 * 8 * kTiles * 2, &shared.barrier);
-    }
-    __syncthreads();
-    mbarrier_wait(&shared.barrier, 0);
-    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    uint32_t fragment[2][4];
-    for (int i = 0; i < 4; ++i) {
-      const Fp16* at = a + (row + i % 2 * 8) * 16 + 2 * t + i / 2 * 8;
-      fragment[0][i] = pack2<Fp16>(to_float(at[0]), to_float(at[1]));
-      fragment[1][i] = pack2<Fp16>(2.0f * to_float(at[0]), 2.0f * to_float(at[1]));
-    }
-    float result[kTiles][4];
-    for (int i = 0; i < kTiles * 4; ++i) result[i / 4][i % 4] = 1e6f;
-    const uint64_t descriptor = wgmma_descriptor<kMnMajor>(shared.b, k_stride, column_stride);
-    wgmma_fence();
-    for (int i = 0; i < 2; ++i) {
-      if constexpr (kTiles == 8)
-        wgmma_m64n64k16<kMnMajor>(result, fragment[i], descriptor, i > 0);
-      else
-        wgmma_m64n128k16<kMnMajor>(result, fragment[i], descriptor, i > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    for (int i = 0; i < kTiles; ++i) {
-      register_fence(result[i]);
-      for (int e = 0; e < 4; ++e) d[(row + e / 2 * 8) * 8 * kTiles + 8 * i + 2 * t + e % 2] = result[i][e];
-    }
-  } else {
-    __trap();
-  }
-}
-
-template <bool kMnMajor, int kTiles>
-void test_product_of_warpgroup(Checker& checker, const char* name, int k_stride, int column_stride) {
-  const int columns = 8 * kTiles;
-  const auto a = random_elements<Fp16>(64 * 16, 21), b = random_elements<Fp16>(16 * columns, 22);  // b: [16, columns]
-  std::vector<unsigned char> image(16 * columns * 2);
-  for (int k = 0; k < 16; ++k) {
-    for (int n = 0; n < columns; ++n) {
-      const int inside = kMnMajor ? k % 8 * 16 + n % 8 * 2 : n % 8 * 16 + k % 8 * 2;
-      std::memcpy(&image[k / 8 * k_stride + n / 8 * column_stride + inside], &b[k * columns + n], 2);
-    }
-  }
-  Buffer<Fp16> device_a(a);
-  Buffer<unsigned char> device_image(image);
-  Buffer<float> device_d(64 * columns);
-  launch(product_of_warpgroup<kMnMajor, kTiles>, 1, 128, sizeof(WgmmaShared), nullptr, device_a.get(),
-         device_image.get(), device_d.get(), k_stride, column_stride);
-  const auto d = device_d.read();
-  double worst = 0;
-  for (int m = 0; m < 64; ++m) {
-    for (int n = 0; n < columns; ++n) {
-      double sum = 0;
-      for (int k = 0; k < 16; ++k)
-        sum += 3.0 * static_cast<double>(to_float(a[m * 16 + k])) * static_cast<double>(to_float(b[k * columns + n]));
-      const double error = std::fabs(d[m * columns + n] - sum);
-      worst = error <= worst ? worst : error;
-    }
-  }
-  checker.check(worst < 1e-4, name);
-}
-
-struct ClusterShared {
-  int values[2][64];
-  uint64_t full, empty;
-};
-
-// Two blocks of 64 threads, each of which brings half of the numbers for both, twice. out[block][round][128].
-__global__ void multicast(const int* in, int* out) {
-  if constexpr (kHasSm90) {
-    auto& shared = shared_memory<ClusterShared>();
-    const int rank = cluster_rank();
-    if (threadIdx.x == 0) {
-      mbarrier_init(&shared.full, 1);
-      mbarrier_init(&shared.empty, 2 * 2);  // warps of both blocks
-      mbarrier_init_fence();
-    }
-    cluster_sync();
-    for (int round = 0; round < 2; ++round) {
-      if (threadIdx.x == 0) {
-        mbarrier_wait(&shared.empty, (round & 1) ^ 1);
-        mbarrier_arrive_expect_tx(&shared.full, sizeof(shared.values));
-        bulk_copy_multicast(shared.values[rank], in + 128 * round + 64 * rank, 64 * 4, &shared.full, 3);
-      }
-      __syncwarp();
-      mbarrier_wait(&shared.full, round & 1);
-      for (int half = 0; half < 2; ++half)
-        out[256 * rank + 128 * round + 64 * half + threadIdx.x] = shared.values[half][threadIdx.x];
-      __syncwarp();
-      if (threadIdx.x % 32 < 2) mbarrier_arrive_cluster(&shared.empty, threadIdx.x % 32);
-    }
-    cluster_sync();
-  } else {
-    __trap();
-  }
-}
-
-__global__ void barrier_votes(int* out, int who) {
-  if constexpr (kHasSm90) {
-    const int half = threadIdx.x / 64, i = threadIdx.x;
-    out[i] = barrier_or(1 + half, 64, i == who);
-    out[128 + i] = barrier_or(1 + half, 64, i == who + 64);
-  } else {
-    __trap();
-  }
-}
-
-void test_sm90(Checker& checker) {
-  if (!kHasSm90 && compute_capability() != 90) return;  // the emulator has all of it
-  test_product_of_warpgroup<false, 8>(checker, "wgmma 64 x 64, k contiguous, blocks along k first", 128, 256);
-  test_product_of_warpgroup<false, 8>(checker, "wgmma 64 x 64, k contiguous, blocks along columns first", 1024, 128);
-  test_product_of_warpgroup<true, 8>(checker, "wgmma 64 x 64, columns contiguous", 1024, 128);
-  test_product_of_warpgroup<true, 16>(checker, "wgmma 64 x 128, columns contiguous, blocks along columns first", 2048,
-                                      128);
-  test_product_of_warpgroup<true, 16>(checker, "wgmma 64 x 128, columns contiguous, blocks along k first", 128, 256);
-  test_product_of_warpgroup<false, 16>(checker, "wgmma 64 x 128, k contiguous", 128, 256);
-
-  std::vector<int> numbers(256);
-  for (int i = 0; i < 256; ++i) numbers[i] = 7 * i;
-  Buffer<int> in(numbers), out(512), votes(256);
-  launch({.cluster = 2}, multicast, 2, 64, sizeof(ClusterShared), nullptr, in.get(), out.get());
-  const auto got = out.read();
-  checker.check(std::equal(numbers.begin(), numbers.end(), got.begin()) &&
-                    std::equal(numbers.begin(), numbers.end(), got.begin() + 256),
-                "bulk copies to both blocks of a cluster");
-  launch(barrier_votes, 1, 128, 0, nullptr, votes.get(), 17);
-  const auto vote = votes.read();
-  bool right = true;
-  for (int i = 0; i < 128; ++i) right = right && vote[i] == (i < 64) && vote[128 + i] == (i >= 64);
-  checker.check(right, "barrier_or");
 }
 
 int run() {

@@ -29,11 +29,12 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// At the barrier at the same place in block `rank` of the cluster.
+// At the barrier at the same place in block `rank` of the cluster. Orders what this thread has read; for what it wrote
+// it would need a wider scope, which costs a wait for all of its stores to global memory.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
   asm volatile(
       "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
@@ -44,7 +45,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uin
 // Waits for the end of the phase with this parity. Of a new barrier the phase before the first has ended: parity 1.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
-      "{.reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; "
+      "{.reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
       "@!done bra again;}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
@@ -113,9 +114,13 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Between a wait and the use of what was waited for: registers the compiler may not read before.
+// Keeps the compiler from moving the reading of registers up over a wait in front, or their computation down over one
+// behind.
 __device__ __forceinline__ void register_fence(float (&x)[4]) {
   asm volatile("" : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])::"memory");
+}
+__device__ __forceinline__ void register_fence(uint32_t (&x)[4]) {
+  asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory");
 }
 
 // The descriptor of a matrix in shared memory that consists of 8 x 8 matrices, each 128 bytes in a row: 8 rows of 16

@@ -68,9 +68,10 @@ __device__ __forceinline__ void transpose_quads(float (&s)[K / 8][4]) {
   }
 }
 
-// Accumulators are read only after the wait for them: the compiler may not move the reading up.
-template <int N>
-__device__ __forceinline__ void wgmma_results(float (&d)[N][4]) {
+// Accumulators are read only after the wait for them, and what is computed between two waits is not put off: the
+// compiler would move either.
+template <typename Word, int N>
+__device__ __forceinline__ void wgmma_results(Word (&d)[N][4]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) register_fence(d[i]);
 }
@@ -413,6 +414,7 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
       wgmma_wait<1>();
       wgmma_results(x.s);
       start_next();
+      wgmma_results(x.state);
       wgmma_wait<0>();
       wgmma_results(x.out);
       ring.release_behind();

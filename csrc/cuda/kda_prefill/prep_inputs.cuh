@@ -65,23 +65,52 @@ __device__ __forceinline__ Vec<T, N> load_elements(const T* from) {
   }
 }
 
-// What a thread loads: of all tokens of the group the raw gates of channels K / 32 * lane on, times log2(e); of its own
-// token q and k of channels 32 j + 8 t .. + 7 and v of channels 16 m + 4 t .. + 3. (By way of shared memory it would be
-// fewer registers, but shared memory is as busy as anything here.)
+// What a thread loads: of all tokens of the group the raw gates of channels K / 32 * lane on; of its own token q and k
+// of channels 32 j + 8 t .. + 7 and v of channels 16 m + 4 t .. + 3. (By way of shared memory it would be fewer
+// registers, but shared memory is as busy as anything here.)
 template <typename T, int K, int V>
 struct PrepInputs {
+  static constexpr int kChannels = K / kWarp;
+  // As they are in memory: to convert anything here would be to wait for it.
   uint4 q[K / 32], k[K / 32];
   uint2 v[V / 16];
-  float gates[kGroup][K / kWarp];
+  uint32_t gates[kGroup][kChannels];  // words; half of them for a 16-bit dtype
+  Vec<float, kChannels> bias;
   float log_rate;
-  float beta;
+  uint16_t beta_words[2];  // the upper half, and the lower one of an fp32 beta
 
-  // Without a branch between the loads, so that all are under way at once: rows past the end are another token's, and
-  // made harmless later.
+  __device__ __forceinline__ float beta(DType dtype) const {
+    if (dtype == DType::kF32) return __uint_as_float(uint32_t{beta_words[0]} << 16 | beta_words[1]);
+    return to_float(bits_as<T>(beta_words[0]));
+  }
+
+  // All loads are under way before the first use; the gates, which are needed first, in front. Rows past the end are
+  // another token's, and made harmless later.
   template <bool kWide, typename G>
   __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task) {
-    constexpr int kChannels = K / kWarp;
     const PrepLane at;
+    log_rate = p.A_log ? p.A_log[task.head] : 0.0f;
+    bias = {};
+    if (p.dt_bias && p.gate != KdaGate::kLogDecay)
+      bias = load_elements<kWide, float, kChannels>(p.dt_bias + task.head * K + kChannels * at.lane);
+    const int left = task.count - kGroup * at.group;
+    const uint64_t first_of_group = task.first_token + static_cast<unsigned>(left > 0 ? kGroup * at.group : 0);
+    const G* from_g = static_cast<const G*>(p.g) + task.head * p.g_head_stride + kChannels * at.lane +
+                      first_of_group * p.g_token_stride;
+    const auto load_row = [&](int i, const G* from) {
+      using Words = Vec<uint32_t, kChannels * sizeof(G) / 4>;
+      const auto words = bits_as<Words>(load_elements<kWide, G, kChannels>(from));
+#pragma unroll
+      for (unsigned c = 0; c < sizeof(Words) / 4; ++c) gates[i][c] = words.x[c];
+    };
+    if (left >= kGroup) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i, from_g += p.g_token_stride) load_row(i, from_g);
+    } else {
+      const int last = max(left - 1, 0);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) load_row(i, from_g + min(i, last) * p.g_token_stride);
+    }
     const int row = kGroup * at.group + at.g;
     const uint64_t token = task.first_token + static_cast<unsigned>(row < task.count ? row : 0);
     const T* from_q = static_cast<const T*>(p.q) + token * p.q_token_stride + task.qk_head * p.q_head_stride + 8 * at.t;
@@ -95,45 +124,10 @@ struct PrepInputs {
 #pragma unroll
     for (int m = 0; m < V / 16; ++m) v[m] = bits_as<uint2>(load_elements<kWide, T, 4>(from_v + 16 * m));
     const int64_t beta_at = token * p.beta_token_stride + task.head * p.beta_head_stride;
-    beta = p.beta_dtype == DType::kF32 ? static_cast<const float*>(p.beta)[beta_at]
-                                       : to_float(static_cast<const T*>(p.beta)[beta_at]);
-    log_rate = p.A_log ? p.A_log[task.head] : 0.0f;
-    float bias[kChannels] = {};
-    if (p.dt_bias && p.gate != KdaGate::kLogDecay) {
-      const auto raw_bias = load_elements<kWide, float, kChannels>(p.dt_bias + task.head * K + kChannels * at.lane);
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) bias[c] = raw_bias.x[c] * kLog2e;
-    }
-    const int left = task.count - kGroup * at.group;
-    const uint64_t first_of_group = task.first_token + static_cast<unsigned>(left > 0 ? kGroup * at.group : 0);
-    const G* from_g = static_cast<const G*>(p.g) + task.head * p.g_head_stride + kChannels * at.lane +
-                      first_of_group * p.g_token_stride;
-    // As words: elements would be taken apart, and waited for, in the branch.
-    using Words = Vec<uint32_t, kChannels * sizeof(G) / 4>;
-    Words raw[kGroup];
-    if (left >= kGroup) {
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i, from_g += p.g_token_stride)
-        raw[i] = bits_as<Words>(load_elements<kWide, G, kChannels>(from_g));
-    } else {
-      const int last = max(left - 1, 0);
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i)
-        raw[i] = bits_as<Words>(load_elements<kWide, G, kChannels>(from_g + min(i, last) * p.g_token_stride));
-    }
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-#pragma unroll
-      for (int c = 0; c < kChannels; c += 2) {
-        float2 pair;
-        if constexpr (sizeof(G) == 2)
-          pair = unpack_pair<G>(raw[i].x[c / 2]);
-        else
-          pair = make_float2(__uint_as_float(raw[i].x[c]), __uint_as_float(raw[i].x[c + 1]));
-        gates[i][c] = fmaf(pair.x, kLog2e, bias[c]);
-        gates[i][c + 1] = fmaf(pair.y, kLog2e, bias[c + 1]);
-      }
-    }
+    const bool wide_beta = p.beta_dtype == DType::kF32;
+    const uint16_t* from_beta = static_cast<const uint16_t*>(p.beta) + (wide_beta ? 2 * beta_at : beta_at);
+    beta_words[0] = from_beta[wide_beta ? 1 : 0];
+    beta_words[1] = from_beta[0];
   }
 
   __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, bool wide) {
@@ -142,6 +136,24 @@ struct PrepInputs {
       wide_gates ? load<true, float>(p, task) : load<true, T>(p, task);
     else
       wide_gates ? load<false, float>(p, task) : load<false, T>(p, task);
+  }
+
+  // The gates times log2(e), with their bias.
+  template <typename G>
+  __device__ __forceinline__ void unpack_gates(float (&to)[kGroup][kChannels]) const {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+#pragma unroll
+      for (int c = 0; c < kChannels; c += 2) {
+        float2 pair;
+        if constexpr (sizeof(G) == 2)
+          pair = unpack_pair<G>(gates[i][c / 2]);
+        else
+          pair = make_float2(__uint_as_float(gates[i][c]), __uint_as_float(gates[i][c + 1]));
+        to[i][c] = fmaf(pair.x, kLog2e, bias.x[c] * kLog2e);
+        to[i][c + 1] = fmaf(pair.y, kLog2e, bias.x[c + 1] * kLog2e);
+      }
+    }
   }
 };
 
@@ -154,11 +166,14 @@ struct GroupHalves {
 // Phase 1b. Sums of the gates over the group: leaves G - mid, and the sum for the others to add.
 template <typename T, int K, int V>
 __device__ __forceinline__ GroupHalves<K / kWarp> group_gates(const KdaPrefillParams& p, const PrepTask& task,
-                                                              PrepInputs<T, K, V>& inputs, PrepShared<K, V>& shared) {
+                                                              const PrepInputs<T, K, V>& inputs,
+                                                              PrepShared<K, V>& shared) {
   constexpr int kChannels = K / kWarp, kMid = kGroup / 2 - 1;
   const PrepLane at;
   const int channel = kChannels * at.lane, left = task.count - kGroup * at.group;
-  auto& log2_decay = inputs.gates;
+  float log2_decay[kGroup][kChannels];
+  p.g_dtype == DType::kF32 ? inputs.template unpack_gates<float>(log2_decay)
+                           : inputs.template unpack_gates<T>(log2_decay);
   log2_decays(p, inputs.log_rate, log2_decay);
   if (left < kGroup) {
 #pragma unroll
@@ -263,7 +278,8 @@ template <typename T, int K, int V>
 __device__ __forceinline__ TokenScales token_scales(const KdaPrefillParams& p, const PrepTask& task,
                                                     const PrepInputs<T, K, V>& inputs, PrepShared<K, V>& shared) {
   const PrepLane at;
-  TokenScales scales{1.0f, 1.0f, p.use_beta_sigmoid ? sigmoid(inputs.beta) : inputs.beta, 1.0f, false};
+  const float beta = inputs.beta(p.beta_dtype);
+  TokenScales scales{1.0f, 1.0f, p.use_beta_sigmoid ? sigmoid(beta) : beta, 1.0f, false};
   const auto &q = inputs.q, &k = inputs.k;
   const float q2 = row_squares<T>(q), k2 = row_squares<T>(k);
   if (p.use_qk_l2norm) {

@@ -7,7 +7,7 @@ Drop-in, for a program that calls ``fla.ops.kda`` (fla need not be installed)::
 Backend, for a program that calls fla through a library: fla-core 0.6 or newer offers our functions each call once ``kimi_native`` and
 ``fla`` are both imported, in either order. ``FLA_KIMI_NATIVE=0`` turns that off. What we do not take, fla computes as ever.
 
-docs/integrations-fla.md says what is taken.
+docs/integrations.md says what is taken.
 """
 
 from kimi_native.compat.fla.backend import register, register_when_imported

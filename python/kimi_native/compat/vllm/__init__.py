@@ -19,7 +19,7 @@ the block pool, tensor and pipeline parallel groups, sampling, the server. What 
 
 `KIMI_NATIVE_VLLM=0` turns it off: nothing is registered or patched, and vLLM runs its own code. The same happens, with one
 warning, when the version of vLLM is not among those named in versions.py; and for one model, with one warning that says why, when
-its configuration asks for something that is not supported here (support.py). docs/integrations-vllm.md has the table.
+its configuration asks for something that is not supported here (support.py). docs/integrations.md has the table.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def supported(vllm_config: Any) -> bool:
     reasons = list(reasons_against(vllm_config))
     if reasons:
         logger.warning_once(
-            "kimi_native leaves this model to vLLM's own code: %s. docs/integrations-vllm.md lists what it supports.", "; ".join(reasons)
+            "kimi_native leaves this model to vLLM's own code: %s. docs/integrations.md lists what it supports.", "; ".join(reasons)
         )
     return not reasons
 

@@ -63,6 +63,7 @@ void wgmma_wait() {
 }
 
 inline void register_fence(float (&)[4]) {}
+inline void register_fence(uint32_t (&)[4]) {}
 
 template <bool kMnMajor>
 uint64_t wgmma_descriptor(const void* shared, int k_stride, int column_stride) {
