@@ -26,6 +26,8 @@ OWN_MODEL, OUR_MODEL = "vllm.models.kimi_k3", "kimi_native.compat.vllm.model"
 # A process with vLLM and its plugins: what stands in the two places that ours touches.
 CHILD = """
 import json, sys
+# An editable install puts a finder before PYTHONPATH, which here names the package to be found.
+sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != "ScikitBuildInplaceFinder"]
 import vllm
 if len(sys.argv) > 1:
     vllm.__version__ = sys.argv[1]

@@ -1,8 +1,8 @@
 """Kimi-Linear behind an HTTP server: `vllm serve` with kimi_native's operators, asked by the `openai` client.
 
     pip install kimi-native vllm openai
-    python examples/vllm_serve.py                     a small random checkpoint: the answer is noise, the way is the real one
-    python examples/vllm_serve.py --model DIR         a checkpoint of your own
+    python examples/vllm_serve/serve.py                a small random checkpoint: the answer is noise, the way is the real one
+    python examples/vllm_serve/serve.py --model DIR    a checkpoint of your own
 
 kimi_native is a plugin that vLLM finds by itself, so the server is the ordinary command, here on a CPU:
 
