@@ -175,9 +175,16 @@ print([b.is_available() and b.is_enabled() for b in backends if b.backend_type =
     assert result.stdout.strip() == f"[{expected}]"
 
 
-def test_transformers_reaches_our_operators_through_fla(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Counter[str]):
+def test_transformers_reaches_our_operators_through_fla(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Counter[str], request: pytest.FixtureRequest
+):
     """A KimiLinear of transformers calls fla where that is installed; logits as by its own torch code."""
     pytest.importorskip("transformers.models.kimi_linear")
+    if "vllm" in sys.modules:  # its import on a CPU takes triton's place, and transformers does not find fla then: a process without it
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{request.node.name}"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout
+        return
     from transformers import AutoModelForCausalLM
     from transformers.models.kimi_linear import modeling_kimi_linear as library
 
