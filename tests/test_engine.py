@@ -1,30 +1,27 @@
 """The engine: what a request gets does not depend on how its prompt is cut, who runs beside it, or who held its memory before.
 
 With `batch_invariant=True` to the bit; in the default mode within 1e-4, because a library GEMM rounds differently for different
-numbers of rows. Also running out of memory, sampling, stopping and streaming.
+numbers of rows. Also running out of memory. Sampling, stopping and streaming: test_sampling.py.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from engine_kit import CROWD, DEFAULT_TOLERANCE, MODES, Ask, Got, assert_same, play, run
 from kit import DEVICES, assert_same_bits, needs_gpu, threads
-from model_kit import REAL_GATES, REAL_LAYERS, SMALL, STORED_BF16, WITH_TEXT, Variant, Zoo, replaced, tokens
+from model_kit import REAL_GATES, REAL_LAYERS, SMALL, STORED_BF16, Variant, Zoo, replaced, tokens
 from torch import Tensor
 
 import kimi_native.generate as generate_module
 import kimi_native.model as model_module
-from kimi_native import Completion, Engine, KimiLinear, SamplingParams, SequenceCache, TokenEvent
+from kimi_native import Engine, KimiLinear, SamplingParams, SequenceCache
 from kimi_native.cache import OutOfPages, OutOfSlots
-from kimi_native.generate import sample
 from kimi_native.model import make_batch
 
-MODES = pytest.mark.parametrize("batch_invariant", [False, True], ids=["default", "batch_invariant"])
 LENGTHS = [1, 63, 64, 65, 200, 333]
-DEFAULT_TOLERANCE = 1e-4  # of logprobs between two ways to compute the same, default mode
 
 
 @pytest.fixture(params=DEVICES)
@@ -35,83 +32,6 @@ def zoo(request: pytest.FixtureRequest, zoo: Zoo) -> Zoo:
 
 def by_name(variants: list[Variant]):
     return pytest.mark.parametrize("variant", variants, ids=lambda v: v.name)
-
-
-@dataclass
-class Ask:
-    """A request of a test: it joins before step `joins`, and is aborted before step `leaves`."""
-
-    prompt: list[int]
-    params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=6, ignore_eos=True))
-    joins: int = 0
-    leaves: int | None = None
-
-
-@dataclass
-class Got:
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-    error: str | None = None
-
-    def take(self, event: TokenEvent) -> None:
-        assert self.finish_reason is None, "an event after the end"
-        if event.token_id is not None:
-            assert event.logprob is not None
-            self.token_ids.append(event.token_id)
-            self.logprobs.append(event.logprob)
-        self.text += event.text
-        self.finish_reason, self.error = event.finish_reason, event.error
-
-
-def play(engine: Engine, asks: list[Ask]) -> list[Got]:
-    """Runs the requests to their ends, in steps, joining and leaving as they ask."""
-    got: dict[int, Got] = {}
-    ids: dict[int, int] = {}
-    step = 0
-    while engine.has_unfinished or len(ids) < len(asks):
-        for i, ask in enumerate(asks):
-            if ask.joins == step:
-                ids[i] = engine.add(ask.prompt, ask.params)
-                got[ids[i]] = Got()
-            if ask.leaves == step:
-                engine.abort(ids[i])
-        for event in engine.step():
-            got[event.request_id].take(event)
-        step += 1
-        assert step < 10_000
-    return [got[ids[i]] for i in range(len(asks))]
-
-
-def run(model: KimiLinear, *asks: Ask, **options: int) -> list[Got]:
-    engine = Engine(model, **({"max_num_seqs": 8, "num_pages": 64} | options))
-    slots, pages = engine.free_slots, engine.free_pages
-    got = play(engine, list(asks))
-    assert (engine.free_slots, engine.free_pages) == (slots, pages), "a finished request kept memory"
-    return got
-
-
-def assert_same(a: Got, b: Got, what: str, *, bits: bool = True) -> None:
-    assert a.token_ids == b.token_ids and a.finish_reason == b.finish_reason, what
-    if bits:
-        assert a.logprobs == b.logprobs, f"{what}: logprobs differ by {max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs))}"
-    else:
-        assert a.logprobs == pytest.approx(b.logprobs, abs=DEFAULT_TOLERANCE, rel=0), what
-
-
-CROWD = [
-    Ask(tokens(200, seed=10), SamplingParams(max_new_tokens=9, ignore_eos=True)),
-    Ask(tokens(1, seed=11), SamplingParams(max_new_tokens=20, ignore_eos=True)),
-    Ask(tokens(65, seed=12), SamplingParams(max_new_tokens=3, ignore_eos=True)),
-    Ask(tokens(333, seed=13), SamplingParams(max_new_tokens=5, ignore_eos=True), joins=1),
-    Ask(tokens(70, seed=14), SamplingParams(max_new_tokens=50, ignore_eos=True), joins=2, leaves=9),
-    Ask(tokens(63, seed=15), SamplingParams(max_new_tokens=8, ignore_eos=True), joins=3),
-    Ask(tokens(64, seed=16), SamplingParams(max_new_tokens=70, ignore_eos=True), joins=5),
-    Ask(tokens(30, seed=17), SamplingParams(max_new_tokens=12, temperature=1.0, seed=3, ignore_eos=True), joins=6),
-    Ask(tokens(250, seed=18), SamplingParams(max_new_tokens=12, ignore_eos=True), joins=6, leaves=7),
-    Ask(tokens(129, seed=19), SamplingParams(max_new_tokens=4, ignore_eos=True), joins=20),
-]
 
 
 def first_part(whole: Got, part: Got) -> Got:
@@ -505,205 +425,3 @@ def test_nan_logits_end_their_request_alone(zoo: Zoo):
     assert (middle.finish_reason, middle.error) == ("error", "the model's logits are NaN for this request")
     assert_same(first, clean[0], "beside a request with NaN")
     assert_same(last, clean[1], "beside a request with NaN")
-
-
-# ------------------------------------------------------------------------------------------------ sampling
-
-
-def plain_distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """What `sample` draws from, written token by token in fp64."""
-    weights = [math.exp((x - max(logits.tolist())) / temperature) for x in logits.tolist()]
-    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
-    if top_k:
-        order = order[:top_k]
-    total, kept, reached = sum(weights[i] for i in order), [], 0.0
-    for i in order:
-        if reached >= top_p:
-            break
-        kept.append(i)
-        reached += weights[i] / total
-    out = torch.zeros(len(weights), dtype=torch.float64)
-    for i in kept:
-        out[i] = weights[i] / sum(weights[j] for j in kept)
-    return out
-
-
-@pytest.mark.parametrize(
-    "temperature, top_k, top_p",
-    [
-        (1.0, 0, 1.0),
-        (0.5, 0, 1.0),
-        (2.0, 0, 1.0),
-        (1.0, 5, 1.0),
-        (1.0, 0, 0.6),
-        (0.7, 8, 0.8),
-        (1.0, 1, 1.0),
-        (1.5, 0, 0.01),
-        (1.0, 100, 1.0),
-    ],
-)
-def test_sampling_distribution(temperature, top_k, top_p):
-    logits = torch.randn(24, generator=torch.Generator().manual_seed(1)) * 1.5
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    expected = plain_distribution(logits, temperature, top_k, top_p)
-    generator, draws = torch.Generator().manual_seed(2), 4000
-    counts = torch.zeros(24, dtype=torch.float64)
-    logprobs = logits.double().log_softmax(-1)
-    for _ in range(draws):
-        token, logprob = sample(logits, params, generator)
-        counts[token] += 1
-        assert logprob == pytest.approx(logprobs[token].item(), abs=1e-5)
-    assert counts[expected == 0].sum() == 0, "a token was drawn that top_k or top_p excludes"
-    likely = expected * draws >= 5
-    chi2 = ((counts - expected * draws)[likely] ** 2 / (expected * draws)[likely]).sum().item()
-    df = int(likely.sum()) - 1
-    assert chi2 <= df + 5 * math.sqrt(2 * df) if df else counts[likely].item() == draws
-
-
-def test_greedy_takes_the_first_of_equals():
-    logits = torch.tensor([0.0, 3.0, 1.0, 3.0])
-    assert sample(logits, SamplingParams(), torch.Generator())[0] == 1
-    for top_k, temperature in ((1, 1.0), (1, 1e-6), (1, 100.0)):
-        assert sample(logits, SamplingParams(top_k=top_k, temperature=temperature), torch.Generator().manual_seed(0))[0] == 1
-
-
-@MODES
-def test_seed(zoo: Zoo, batch_invariant):
-    model = zoo.model(SMALL, batch_invariant=batch_invariant)
-    prompt = tokens(40, seed=70)
-
-    def ask(seed: int | None) -> Ask:
-        return Ask(prompt, SamplingParams(max_new_tokens=30, temperature=1.0, seed=seed, ignore_eos=True))
-
-    first = run(model, ask(1))[0]
-    assert_same(run(model, ask(1))[0], first, "the same seed")
-    crowd = run(model, ask(2), CROWD[0], ask(1), CROWD[3], ask(1), ask(None), ask(None))
-    for i in (2, 4):
-        assert_same(crowd[i], first, "the same seed among others", bits=batch_invariant)
-    assert len({tuple(crowd[i].token_ids) for i in (0, 2, 5, 6)}) == 4, "different seeds, or none, differ"
-    torch.manual_seed(0)
-    assert_same(run(model, ask(1))[0], first, "torch's own generator plays no part")
-
-
-def test_sampled_tokens_have_the_logprob_of_the_model(zoo: Zoo):
-    """Temperature, top_k and top_p change what is drawn, not the reported logprob."""
-    model, prompt = zoo.model(SMALL), tokens(20, seed=71)
-    got = run(model, Ask(prompt, SamplingParams(max_new_tokens=25, temperature=1.7, top_k=20, top_p=0.9, seed=5, ignore_eos=True)))[0]
-    logits = model.score(prompt + got.token_ids)[len(prompt) - 1 : -1].cpu()
-    wanted = logits.log_softmax(-1).gather(1, torch.tensor(got.token_ids)[:, None])[:, 0].tolist()
-    assert got.logprobs == pytest.approx(wanted, abs=DEFAULT_TOLERANCE)
-    allowed = logits.topk(20, dim=-1).indices
-    assert all(token in row for token, row in zip(got.token_ids, allowed.tolist()))
-    assert got.token_ids != logits.argmax(-1).tolist()
-
-
-# ------------------------------------------------------------------------------------------------ ends, text, streams
-
-
-def test_stop_ids_and_lengths(zoo: Zoo):
-    model, prompt = zoo.model(SMALL), tokens(40, seed=80)
-    free: Completion = model.generate(prompt, max_new_tokens=40, ignore_eos=True)
-    assert len(free.token_ids) == len(free.logprobs) == 40 and free.finish_reason == "length" and free.text is None and free.error is None
-    stop = free.token_ids[9]
-    at = free.token_ids.index(stop)
-    for given in ([stop], stop, [stop, 5, 7] if 5 not in free.token_ids[:at] and 7 not in free.token_ids[:at] else [stop]):
-        got = model.generate(prompt, max_new_tokens=40, ignore_eos=True, stop=given)
-        assert got.token_ids == free.token_ids[: at + 1] and got.finish_reason == "stop"
-    assert model.generate(prompt, max_new_tokens=1, ignore_eos=True).token_ids == free.token_ids[:1]
-    both = model.generate(prompt, max_new_tokens=at + 1, ignore_eos=True, stop=[stop])
-    assert both.finish_reason == "stop" and len(both.token_ids) == at + 1
-
-
-def prompt_before(model: KimiLinear, token: int) -> list[int]:
-    """A prompt after which `token` is the likeliest."""
-    ids = tokens(1500, seed=81)
-    found = (model.score(ids).argmax(-1) == token).nonzero().flatten().tolist()
-    assert found, f"token {token} is never the likeliest here; choose another seed"
-    return ids[: found[0] + 1]
-
-
-def test_stop_id_zero(zoo: Zoo):
-    """Token id 0 is an id like any other, alone or in a list."""
-    model = zoo.model(SMALL)
-    prompt = prompt_before(model, 0)
-    for stop in ([0], 0):
-        got = model.generate(prompt, max_new_tokens=5, ignore_eos=True, stop=stop)
-        assert got.token_ids == [0] and got.finish_reason == "stop"
-
-
-def test_end_token_of_the_model(zoo: Zoo):
-    model = zoo.model(SMALL)
-    (eos,) = model.config.eos_token_ids
-    prompt = prompt_before(model, eos)
-    got = model.generate(prompt, max_new_tokens=8)
-    assert got.token_ids == [eos] and got.finish_reason == "stop"
-    on = model.generate(prompt, max_new_tokens=8, ignore_eos=True)
-    assert on.token_ids[0] == eos and len(on.token_ids) == 8 and on.finish_reason == "length"
-
-
-def test_generate_takes_one_or_many(zoo: Zoo):
-    model = zoo.model(SMALL, batch_invariant=True)
-    prompts = [tokens(n, seed=90 + n) for n in (5, 200, 64, 1)]
-    events: list[TokenEvent] = []
-    many = model.generate(prompts, max_new_tokens=7, ignore_eos=True, stream=events.append, prefill_chunk=128)
-    assert [c.prompt_token_ids for c in many] == prompts
-    for i, completion in enumerate(many):
-        assert model.generate(prompts[i], max_new_tokens=7, ignore_eos=True) == completion
-        own = [e for e in events if e.request_id == i]
-        assert [e.token_id for e in own] == completion.token_ids and [e.logprob for e in own] == completion.logprobs
-        assert [e.finish_reason for e in own] == [None] * 6 + ["length"]
-    assert model.generate(torch.tensor(prompts[0]), max_new_tokens=7, ignore_eos=True) == many[0]
-    assert model.generate([], max_new_tokens=7) == []
-    assert model.generate(prompts, max_new_tokens=7, ignore_eos=True, max_num_seqs=1) == many
-
-
-def test_text_in_text_out(zoo: Zoo):
-    model = zoo.model(WITH_TEXT)
-    assert model.tokenizer is not None
-    prompt = "the rain and the 中文 😀"
-    ids = model.tokenizer.encode(prompt)
-    events: list[TokenEvent] = []
-    got = model.generate(prompt, max_new_tokens=60, ignore_eos=True, stream=events.append)
-    assert got.prompt_token_ids == ids
-    assert got.text == model.tokenizer.decode(got.token_ids) == "".join(e.text for e in events)
-    assert got == model.generate(ids, max_new_tokens=60, ignore_eos=True)
-    assert "" in [e.text for e in events], "no incomplete character came up; choose another prompt"
-
-
-def test_stop_strings(zoo: Zoo):
-    """A stop string may begin and end inside tokens and span several; the text ends before it, and nothing of it is streamed."""
-    model = zoo.model(WITH_TEXT)
-    prompt = "the sea"
-    free = model.generate(prompt, max_new_tokens=60, ignore_eos=True)
-    assert free.text is not None
-    ends = [len(model.tokenizer.decode(free.token_ids[: n + 1])) for n in range(60)]  # may count an incomplete character
-    checked = 0
-    for first in range(4, 40, 5):
-        for length in (1, 2, 5, 12):
-            start = ends[first] - 1
-            stop = free.text[start : start + length]
-            if len(stop) < length or "\N{REPLACEMENT CHARACTER}" in stop:
-                continue
-            at = free.text.index(stop)
-            events: list[TokenEvent] = []
-            got = model.generate(prompt, max_new_tokens=60, ignore_eos=True, stop=[stop, "never to be seen"], stream=events.append)
-            assert got.finish_reason == "stop" and got.text == free.text[:at] == "".join(e.text for e in events)
-            assert got.token_ids == free.token_ids[: len(got.token_ids)]
-            assert stop in model.tokenizer.decode(got.token_ids) and stop not in model.tokenizer.decode(got.token_ids[:-1])
-            checked += 1
-    assert checked >= 8
-    # the beginning of a stop string that does not come true is given back at the end
-    tail = free.text[-3:]
-    held = model.generate(prompt, max_new_tokens=60, ignore_eos=True, stop=tail + "X")
-    assert held.text == free.text and held.finish_reason == "length"
-
-
-def test_end_token_is_not_in_the_text(zoo: Zoo):
-    model = zoo.model(WITH_TEXT)
-    prompt = "the sea"
-    free = model.generate(prompt, max_new_tokens=60, ignore_eos=True)
-    stop = free.token_ids[20]
-    at = free.token_ids.index(stop)
-    got = model.generate(prompt, max_new_tokens=60, ignore_eos=True, stop=[stop])
-    assert got.token_ids == free.token_ids[: at + 1]
-    assert got.text == model.tokenizer.decode(free.token_ids[:at])

@@ -41,12 +41,12 @@ def evaluate(directory: str | Path, *, accelerated: bool = True, batch_size: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", nargs="?", help="checkpoint in the hub's format (default: a tiny random one)")
-    parser.add_argument("--library", action="store_true", help="without our operators")
+    parser.add_argument("--unpatched", action="store_true", help="without our operators")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         if args.directory is None:
             make_tiny(temporary, gates="mild")
-        results = evaluate(args.directory or temporary, accelerated=not args.library)
+        results = evaluate(args.directory or temporary, accelerated=not args.unpatched)
     for task, samples in results["samples"].items():
         print(task, {name: value for name, value in results["results"][task].items() if name.endswith(",none")})
         for sample in samples:
