@@ -256,7 +256,9 @@ void add_block(dim3 grid, dim3 size, uint3 at, size_t shared_bytes) {
 // no thread may rely on others being equally fast.
 size_t pick_ready() {
   static int held_back = 0, held_size = kWarp;
-  if (next_random() % 512 == 0) {
+  static uint64_t held_for = 1;  // draws, on average: from a few steps of a block to more than a phase of a kernel
+  if (next_random() % held_for == 0) {
+    held_for = std::array{512, 8192, 65536}[next_random() % 3];
     held_size = std::array{kWarp, 128, cluster.block_size}[next_random() % 3];
     held_back = static_cast<int>(next_random() % ((cluster.size + held_size - 1) / held_size));
   }
