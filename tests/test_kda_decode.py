@@ -267,9 +267,10 @@ def test_fused_real_shape(device, dtype):
 
 
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
-@pytest.mark.parametrize("heads", [1, 2])
-def test_fused_neighbours_and_repeats(heads, device, dtype):
-    args = on(device, fused_problem(5, 3, heads, 2, 48, 80, dtype))
+@pytest.mark.parametrize("heads, key_dim, value_dim", [(1, 48, 80), (2, 48, 80), (2, 128, 128), (1, 64, 256)])
+def test_fused_neighbours_and_repeats(heads, key_dim, value_dim, device, dtype):
+    """On a GPU many heads go to smaller blocks, which take their rows one part after the other."""
+    args = on(device, fused_problem(5, 3, heads, 2, key_dim, value_dim, dtype))
     pools = ("state", "conv_state")
     together_args = args | {name: args[name].clone() for name in pools}
     together = kda_decode_fused(**together_args)

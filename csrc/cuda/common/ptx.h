@@ -135,6 +135,45 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// ---- Hints to the L2 cache: which lines to evict first (createpolicy, cache_hint)
+// ------------------------------------
+
+__device__ __forceinline__ uint64_t l2_evict_last() {
+  uint64_t hint;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(hint));
+  return hint;
+}
+__device__ __forceinline__ uint64_t l2_evict_normal() {
+  uint64_t hint;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(hint));
+  return hint;
+}
+__device__ __forceinline__ uint4 load_16_hint(const void* global, uint64_t hint) {
+  uint4 v;
+  asm volatile("ld.global.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(global), "l"(hint)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 load_8_hint(const void* global, uint64_t hint) {
+  uint2 v;
+  asm volatile("ld.global.L2::cache_hint.v2.b32 {%0, %1}, [%2], %3;"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(global), "l"(hint)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_16_hint(void* global, uint4 v, uint64_t hint) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(global), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w), "l"(hint)
+               : "memory");
+}
+__device__ __forceinline__ void store_8_hint(void* global, uint2 v, uint64_t hint) {
+  asm volatile("st.global.L2::cache_hint.v2.b32 [%0], {%1, %2}, %3;" ::"l"(global), "r"(v.x), "r"(v.y), "l"(hint)
+               : "memory");
+}
+
 // ---- Special functions (ex2, lg2, rcp, rsqrt, tanh; relative error about 2^-22, tanh 2^-11) ------------------------
 
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -13,13 +13,13 @@ void kda_decode(const KdaDecodeParams& p, cudaStream_t stream) {
   const bool aligned = impl::aligned_kda(p) && aligned_to(bytes, p.q, p.k, p.v) &&
                        multiples_of(4, p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride,
                                     p.v_token_stride, p.v_head_stride);
-  // Slices of a head: as many as it takes to give every SM two blocks.
-  const int64_t heads = p.num_sequences * p.num_value_heads, wanted = 2 * multiprocessors();
+  // Half a head a block (of a very large one, less). With several tokens, whose preparation every slice repeats, whole
+  // heads where there are enough of them.
   const auto shape_of = [&](int warp_rows) {
     const int parts = static_cast<int>(ceil_div<int64_t>(p.value_dim, warp_rows));
-    int warps = parts < impl::kMaxWarps ? parts : impl::kMaxWarps;
-    while (warps > impl::kMinWarps && heads * ceil_div(parts, warps) < wanted) warps = ceil_div(warps, 2);
-    return impl::Shape{warps, ceil_div(parts, warps)};
+    if (parts > impl::kMaxWarps) return impl::Shape{impl::kMaxWarps, ceil_div(parts, impl::kMaxWarps)};
+    const int warps = parts < impl::kFewWarps ? parts : impl::kFewWarps;
+    return impl::Shape{warps, p.tokens_per_sequence > 1 && impl::many_heads(p) ? 1 : ceil_div(parts, warps)};
   };
   impl::launch_kernel<false>(KdaDecodeFusedParams{.kda = p}, aligned, shape_of, stream);
 }

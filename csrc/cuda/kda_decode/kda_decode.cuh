@@ -5,7 +5,8 @@
 //
 // The state is read once and written once, 2 * 4 * value_dim * key_dim bytes a head (128 KB at 128 x 128; half of it
 // for a state in bf16), whatever the number of tokens: that is what bounds the kernel. It goes straight to registers
-// and back, in accesses of four elements, and all loads of a block are under way before anything else is looked at:
+// and back, in accesses of four elements, and the loads of a block (of a block of kFewWarps with a whole head, those of
+// its first half) are under way before anything else is looked at:
 //
 //   a warp reads 4 rows at once, 8 lanes a row; lane l of a row holds columns 4 l .. 4 l + 3 of every 32
 //   a thread holds kRows such rows: 64 floats at key_dim 128, so that 256 threads hold a head of 128 x 128
@@ -30,7 +31,7 @@
 namespace kimi::cuda::kda_decode_impl {
 
 inline constexpr int kMaxWarps = 8;  // two such blocks on an SM, 128 registers a thread: 128 KB of state under way
-inline constexpr int kMinWarps = 2;  // of a slice: enough for the two halves of a token's preparation
+inline constexpr int kFewWarps = 4;  // four such blocks on an SM, which wait for memory at different times
 inline constexpr int kRowLanes = 8;  // lanes of one row
 inline constexpr int kRowsAtOnce = kWarp / kRowLanes;
 inline constexpr int kMaxDim = 256;  // of keys and of values
@@ -176,16 +177,17 @@ struct Head {
   enum Task { kQ, kK, kDecay, kValues };  // of a token; kValues + i: values from 128 * kParts * i on
   const KdaDecodeFusedParams& p;
   const Convolution<T, kGeneral> conv;
-  int64_t n, h, hv;
+  int64_t n;
+  int h, hv;
   int first_row, end_row;  // of the values
   int lane;
 
   __device__ __forceinline__ int key_dim() const { return kGeneral ? static_cast<int>(p.kda.key_dim) : kKeys; }
   __device__ __forceinline__ int64_t token_at(int t) const { return n * p.kda.tokens_per_sequence + t; }
-  __device__ __forceinline__ int64_t q_channel() const { return h * key_dim(); }
-  __device__ __forceinline__ int64_t k_channel() const { return (p.kda.num_heads + h) * key_dim(); }
-  __device__ __forceinline__ int64_t v_channel() const {
-    return 2 * p.kda.num_heads * key_dim() + hv * p.kda.value_dim;
+  __device__ __forceinline__ int q_channel() const { return h * key_dim(); }
+  __device__ __forceinline__ int k_channel() const { return (static_cast<int>(p.kda.num_heads) + h) * key_dim(); }
+  __device__ __forceinline__ int v_channel() const {
+    return 2 * static_cast<int>(p.kda.num_heads) * key_dim() + hv * static_cast<int>(p.kda.value_dim);
   }
   __device__ __forceinline__ int num_tasks() const { return kValues + ceil_div(end_row - first_row, 128 * kParts); }
 
@@ -198,7 +200,7 @@ struct Head {
     const int64_t offset = task == kQ   ? token_at(t) * p.kda.q_token_stride + h * p.kda.q_head_stride
                            : task == kK ? token_at(t) * p.kda.k_token_stride + h * p.kda.k_head_stride
                                         : token_at(t) * p.kda.v_token_stride + hv * p.kda.v_head_stride;
-    const int64_t channel = task == kQ ? q_channel() : task == kK ? k_channel() : v_channel();
+    const int channel = task == kQ ? q_channel() : task == kK ? k_channel() : v_channel();
     float x[kParts][4] = {};
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
@@ -258,13 +260,17 @@ struct Head {
           load4<kGeneral>(static_cast<const T*>(p.kda.g) + offset + at).unpack(g);
         }
       }
+      // All four elements at once through each of the long functions.
+      if (p.kda.gate == KdaGate::kSoftplus) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        float log_decay = g[c];
-        if (p.kda.gate == KdaGate::kSoftplus) log_decay = -rate * softplus(g[c] + bias[c]);
-        if (p.kda.gate == KdaGate::kBounded) log_decay = p.kda.lower_bound / (1.0f + expf(-rate * (g[c] + bias[c])));
-        token.decay[at + c] = at < key_dim() ? expf(log_decay) : 0.0f;
+        for (int c = 0; c < 4; ++c) g[c] = -rate * softplus(g[c] + bias[c]);
+      } else if (p.kda.gate == KdaGate::kBounded) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) g[c] = p.kda.lower_bound / (1.0f + expf(-rate * (g[c] + bias[c])));
       }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) g[c] = at < key_dim() ? expf(g[c]) : 0.0f;
+      store_vec(token.decay + at, Vec<float, 4>{g[0], g[1], g[2], g[3]});
     }
   }
 
@@ -302,6 +308,25 @@ struct Head {
   }
 };
 
+// Four elements of the state, to and from memory. It is read once and written once, and the memory is fastest when a
+// line stays in the L2 cache from the one to the other, and leaves it as all lines do then.
+template <typename State>
+__device__ __forceinline__ Packed<State, 4> load_state(const State* from) {
+  if constexpr (sizeof(State) == 4) {
+    return bits_as<Packed<State, 4>>(load_16_hint(from, l2_evict_last()));
+  } else {
+    return bits_as<Packed<State, 4>>(load_8_hint(from, l2_evict_last()));
+  }
+}
+template <typename State>
+__device__ __forceinline__ void store_state(State* to, const Packed<State, 4>& v) {
+  if constexpr (sizeof(State) == 4) {
+    store_16_hint(to, bits_as<uint4>(v), l2_evict_normal());
+  } else {
+    store_8_hint(to, bits_as<uint2>(v), l2_evict_normal());
+  }
+}
+
 // A thread's share of kRows rows of the state.
 template <typename Config>
 struct StateTile {
@@ -316,9 +341,14 @@ struct StateTile {
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        Packed<State, 4> v = {};
-        if (!kGeneral || 32 * j + 4 * lane < key_dim) v = load4<kGeneral>(at + r * kRowsAtOnce * key_dim + 32 * j);
-        v.unpack(s[r][j]);
+        const State* from = at + r * kRowsAtOnce * key_dim + 32 * j;
+        if constexpr (kGeneral) {
+          Packed<State, 4> v = {};
+          if (32 * j + 4 * lane < key_dim) v = load4<true>(from);
+          v.unpack(s[r][j]);
+        } else {
+          load_state(from).unpack(s[r][j]);
+        }
       }
     }
   }
@@ -327,8 +357,13 @@ struct StateTile {
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        if (!kGeneral || 32 * j + 4 * lane < key_dim)
-          store4<kGeneral>(at + r * kRowsAtOnce * key_dim + 32 * j, Packed<State, 4>::pack(s[r][j]));
+        State* to = at + r * kRowsAtOnce * key_dim + 32 * j;
+        const auto v = Packed<State, 4>::pack(s[r][j]);
+        if constexpr (kGeneral) {
+          if (32 * j + 4 * lane < key_dim) store4<true>(to, v);
+        } else {
+          store_state(to, v);
+        }
       }
     }
   }
@@ -372,16 +407,18 @@ struct StateTile {
   }
 };
 
-// Grid: (slice, value head, sequence from first_sequence on): blocks in the order of their memory.
+// Grid: (slice, value head, sequence from first_sequence on): blocks in the order of their memory. key_heads_per_head:
+// num_heads / num_value_heads times 2^32, rounded up.
 // SASS: 16-byte loads
 template <typename Config>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
-    kda_decode_kernel(KdaDecodeFusedParams p, int heads_per_key, int64_t first_sequence) {
+    kda_decode_kernel(KdaDecodeFusedParams p, uint64_t key_heads_per_head, int64_t first_sequence) {
   using T = typename Config::T;
   constexpr int kKeys = Config::kKeys, kWarpRows = Config::kWarpRows;
   auto& shared = shared_memory<SharedStorage<kKeys>>();
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t n = first_sequence + blockIdx.z, hv = blockIdx.y;
+  const int64_t n = first_sequence + blockIdx.z;
+  const int hv = static_cast<int>(blockIdx.y);
   const int num_tokens = static_cast<int>(p.kda.tokens_per_sequence);
   const int key_dim = Config::kGeneral ? static_cast<int>(p.kda.key_dim) : kKeys;
   const int value_dim = static_cast<int>(p.kda.value_dim);
@@ -393,20 +430,37 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
   const int row_lane = lane % kRowLanes;
   int row = first_row + warp * kWarpRows + lane / kRowLanes;
   auto* at = static_cast<typename Config::State*>(p.kda.state) + slot * p.kda.state_slot_stride +
-             (hv * value_dim + row) * key_dim + 4 * row_lane;
+             (static_cast<int64_t>(hv) * value_dim + row) * key_dim + 4 * row_lane;
   StateTile<Config> tile;
   if (slot >= 0 && row < end_row) tile.load(at, row_lane, key_dim);
 
   // Phase 2: a skipped sequence has zeros and nothing else.
-  const int64_t h = heads_per_key == 1 ? blockIdx.y : blockIdx.y / heads_per_key;
+  const int h = static_cast<int>(blockIdx.y * key_heads_per_head >> 32);
   const Head<Config> head{p, {p, n, slot}, n, h, hv, first_row, end_row, lane};
   if (slot < 0) {
     for (int t = warp; t < num_tokens; t += warps) head.write_zeros(t);
     return;
   }
 
-  // Phase 3: the tokens, into shared memory.
+  // What the state of the convolution becomes, four channels a thread: those of v, and of q and k where no other value
+  // head reads them (else a second launch writes them). The last threads, whose warps may have no task.
   const int commit = tokens_committed(p.kda, n);
+  Packed<T, 4> next[kPast];
+  int channel = -1;
+  if constexpr (Config::kFused) {
+    int at = 4 * (blockDim.x - 1 - threadIdx.x);
+    if (p.kda.num_heads == p.kda.num_value_heads) {
+      if (at < key_dim) channel = head.q_channel() + at;
+      at -= key_dim;
+      if (at >= 0 && at < key_dim) channel = head.k_channel() + at;
+      at -= key_dim;
+    }
+    if (at >= 0 && at < value_dim) channel = head.v_channel() + at;
+    if (commit == 0) channel = -1;
+    if (channel >= 0) head.conv.next_state(commit, channel, next);
+  }
+
+  // Phase 3: the tokens, into shared memory.
   for (int t = 0, task = warp; t < num_tokens;) {
     const int tasks = head.num_tasks();
     if (task < tasks) {
@@ -417,25 +471,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
       ++t;
     }
   }
+  __syncthreads();  // the tokens are there, and nobody needs the old state of the convolution any more
   if constexpr (Config::kFused) {
-    // What the state of the convolution becomes, four channels a thread: those of v, and of q and k where no other
-    // value head reads them (else a second launch writes them).
-    int at = 4 * threadIdx.x;
-    int64_t channel = -1;
-    if (heads_per_key == 1) {
-      if (at < key_dim) channel = head.q_channel() + at;
-      at -= key_dim;
-      if (at >= 0 && at < key_dim) channel = head.k_channel() + at;
-      at -= key_dim;
-    }
-    if (at >= 0 && at < value_dim) channel = head.v_channel() + at;
-    if (commit == 0) channel = -1;
-    Packed<T, 4> next[kPast];
-    if (channel >= 0) head.conv.next_state(commit, channel, next);
-    __syncthreads();  // the tokens are there, and nobody needs the old state of the convolution any more
     if (channel >= 0) head.conv.write_state(channel, next);
-  } else {
-    __syncthreads();
   }
 
   // Phase 4: the recurrence. Warps do not wait for each other.
@@ -459,6 +497,11 @@ struct Shape {
   int warps, slices;
 };
 
+// Whether there are more heads than fit on the device at once in blocks of kMaxWarps.
+inline bool many_heads(const KdaDecodeParams& p) {
+  return p.num_sequences * p.num_value_heads > 2 * multiprocessors();
+}
+
 // Launches the kernel. `aligned`: whether accesses of four elements are; shape_of(rows that a warp holds) is a Shape.
 template <bool kFused, typename ShapeOf>
 void launch_kernel(const KdaDecodeFusedParams& p, bool aligned, ShapeOf&& shape_of, cudaStream_t stream) {
@@ -472,7 +515,7 @@ void launch_kernel(const KdaDecodeFusedParams& p, bool aligned, ShapeOf&& shape_
                     static_cast<unsigned>(left < kMaxGridZ ? left : kMaxGridZ)),
                dim3(static_cast<unsigned>(shape.warps * kWarp)),
                p.kda.tokens_per_sequence * sizeof(Token<Config::kKeys>), stream, p,
-               static_cast<int>(p.kda.num_value_heads / p.kda.num_heads), first);
+               ceil_div<uint64_t>(uint64_t{1} << 32, p.kda.num_value_heads / p.kda.num_heads), first);
       }
     };
     const auto run_with_state = [&]<typename State>() {

@@ -38,9 +38,11 @@ void kda_decode_fused(const KdaDecodeFusedParams& p, cudaStream_t stream) {
   const bool aligned =
       impl::aligned_kda(p.kda) && aligned_to(bytes, p.qkv, p.conv_weight, p.conv_state, p.norm_gate, p.norm_weight) &&
       multiples_of(4, p.qkv_token_stride, p.conv_state_slot_stride, p.norm_gate_token_stride, p.norm_gate_head_stride);
-  // All warps, even where there are fewer rows: a thread each for every four channels of q, k and v.
+  // Even where there are fewer rows: a thread each for every four channels of q, k and v.
   static_assert(impl::kMaxWarps * kWarp * 4 >= 3 * impl::kMaxDim);
-  impl::launch_kernel<true>(p, aligned, [](int) { return impl::Shape{impl::kMaxWarps, 1}; }, stream);
+  int warps = impl::many_heads(p.kda) ? impl::kFewWarps : impl::kMaxWarps;
+  if (4 * kWarp * warps < 2 * p.kda.key_dim + p.kda.value_dim) warps = impl::kMaxWarps;
+  impl::launch_kernel<true>(p, aligned, [&](int) { return impl::Shape{warps, 1}; }, stream);
   if (p.kda.num_value_heads == p.kda.num_heads) return;
   const int64_t blocks = ceil_div<int64_t>(2 * p.kda.num_heads * p.kda.key_dim, 4 * kThreads);
   dispatch_dtype(p.kda.dtype, [&]<typename T>() {

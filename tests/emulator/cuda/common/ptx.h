@@ -161,6 +161,27 @@ void cp_async_wait() {
   emulator::copy_async_wait(N);
 }
 
+// ---- Hints to the L2 cache -----------------------------------------------------------------------------------------
+
+inline uint64_t l2_evict_last() {
+  return 0;
+}
+inline uint64_t l2_evict_normal() {
+  return 0;
+}
+inline uint4 load_16_hint(const void* global, uint64_t) {
+  return *static_cast<const uint4*>(global);
+}
+inline uint2 load_8_hint(const void* global, uint64_t) {
+  return *static_cast<const uint2*>(global);
+}
+inline void store_16_hint(void* global, uint4 v, uint64_t) {
+  *static_cast<uint4*>(global) = v;
+}
+inline void store_8_hint(void* global, uint2 v, uint64_t) {
+  *static_cast<uint2*>(global) = v;
+}
+
 // ---- Special functions ---------------------------------------------------------------------------------------------
 
 inline float flush(float x) {  // subnormals become zero
