@@ -24,6 +24,7 @@
 #include "cuda/common/activations.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/packed.h"
+#include "cuda/common/ptx_sm90.h"
 #include "cuda/common/reduce.h"
 #include "kimi/kda_decode.h"
 #include "kimi/short_conv.h"
@@ -424,6 +425,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
   const int value_dim = static_cast<int>(p.kda.value_dim);
   const int slice_rows = gridDim.x == 1 ? value_dim : warps * kWarpRows, first_row = blockIdx.x * slice_rows;
   const int end_row = first_row + slice_rows < value_dim ? first_row + slice_rows : value_dim;
+  // On Hopper, where the launch may overlap the kernel in front. The one behind may start as well, and will wait here.
+  if constexpr (kHasSm90) {
+    grid_dependency_wait();
+    grid_launch_dependents();
+  }
   const int32_t slot = p.kda.slots[n];
 
   // Phase 1: all loads of the state.
@@ -502,7 +508,8 @@ inline bool many_heads(const KdaDecodeParams& p) {
   return p.num_sequences * p.num_value_heads > 2 * multiprocessors();
 }
 
-// Launches the kernel. `aligned`: whether accesses of four elements are; shape_of(rows that a warp holds) is a Shape.
+// Launches the kernel, on Hopper so that its blocks are in place when the kernel in front ends. `aligned`: whether
+// accesses of four elements are; shape_of(rows that a warp holds) is a Shape.
 template <bool kFused, typename ShapeOf>
 void launch_kernel(const KdaDecodeFusedParams& p, bool aligned, ShapeOf&& shape_of, cudaStream_t stream) {
   dispatch_dtype(p.kda.dtype, [&]<typename T>() {
@@ -510,7 +517,7 @@ void launch_kernel(const KdaDecodeFusedParams& p, bool aligned, ShapeOf&& shape_
       const Shape shape = shape_of(Config::kWarpRows);
       for (int64_t first = 0; first < p.kda.num_sequences; first += kMaxGridZ) {
         const int64_t left = p.kda.num_sequences - first;
-        launch(kda_decode_kernel<Config>,
+        launch({.overlap = use_sm90()}, kda_decode_kernel<Config>,
                dim3(static_cast<unsigned>(shape.slices), static_cast<unsigned>(p.kda.num_value_heads),
                     static_cast<unsigned>(left < kMaxGridZ ? left : kMaxGridZ)),
                dim3(static_cast<unsigned>(shape.warps * kWarp)),
