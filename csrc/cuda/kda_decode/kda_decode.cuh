@@ -1,4 +1,5 @@
-// The kernel of kda_decode and kda_decode_fused (kimi/kda_decode.h, recurrence in kimi/kda.h). Portable.
+// The kernel of kda_decode and kda_decode_fused (kimi/kda_decode.h, recurrence in kimi/kda.h). Portable; on Hopper its
+// launch may overlap the kernel in front.
 //
 // Grid: (slice of state rows, value head, sequence). A row of the state (one value dimension) evolves
 // on its own, so slices never change a bit; the fused form with its norm over all rows takes one block per head.
