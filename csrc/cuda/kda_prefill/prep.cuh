@@ -18,7 +18,7 @@
 // the inverses of the diagonal blocks of I + A_kk; 5 w and u by forward substitution over the groups.
 //
 // Bytes: 64 KB read and 70 KB written a block at K = V = 128: 31 ns at 4.27 TB/s, or 7,300 cycles for a multiprocessor
-// at 1.76 GHz. The block's 17,300 warp instructions take 4,350 cycles at best, shared memory and the loads 4,800, the
+// at 1.76 GHz. The block's 18,000 warp instructions take 4,500 cycles at best, shared memory and the loads 7,500, the
 // tensor cores 2,000, the special functions 2,000; a second block on the multiprocessor fills what one waits for.
 #pragma once
 
@@ -41,22 +41,23 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
   // Phase 1: inputs and gates.
   auto& image = image_of<Image>(segment, chunk, task.head, num_heads);
   PrepInputs<T, K, V> inputs;
-  inputs.load(p, task, segment.wide_inputs);
+  inputs.load(p, task, segment.wide_inputs, shared);
   const auto halves = group_gates(p, task, inputs, shared);
   __syncthreads();
 
   // Phase 2: what depends on a token alone, and the sums of the gates over the chunk.
   add_groups(shared, image);
+  cp_async_wait<0>();
+  __syncwarp();
   const TokenScales scales = token_scales(p, task, inputs, shared);
-  transpose_values<T>(inputs.v, shared);
+  transpose_values<T>(shared);
   const bool exact = __syncthreads_or(scales.exact);
 
   // Phase 3: operands.
   make_factors(halves, shared);
   RowOperands<K> rows;
   float diagonal[4] = {};
-  make_operands(inputs, scales, shared, image, rows, diagonal);
-  scale_columns(shared);
+  make_operands<T>(scales, shared, image, rows, diagonal);
   const uint32_t a_qk_diagonal = store_diagonal(scales, diagonal, shared);
   __syncthreads();
 

@@ -65,15 +65,22 @@ __device__ __forceinline__ Vec<T, N> load_elements(const T* from) {
   }
 }
 
-// What a thread loads: of all tokens of the group the raw gates of channels K / 32 * lane on; of its own token q and k
-// of channels 32 j + 8 t .. + 7 and v of channels 16 m + 4 t .. + 3. (By way of shared memory it would be fewer
-// registers, but shared memory is as busy as anything here.)
+// N elements of 16 bytes to shared memory; asynchronous if they lie for it.
+template <bool kWide, typename T>
+__device__ __forceinline__ void copy_octet(uint4* to, const T* from) {
+  if constexpr (kWide)
+    cp_async_16(to, from);
+  else
+    *to = bits_as<uint4>(load_elements<false, T, 8>(from));
+}
+
+// What a thread loads: of all tokens of the group the raw gates of channels K / 32 * lane on, to registers; of its own
+// token q, k and v to shared memory, from where it takes them itself (registers would be too many: what is kept of them
+// keeps the compiler from loading ahead in phase 3).
 template <typename T, int K, int V>
 struct PrepInputs {
   static constexpr int kChannels = K / kWarp;
   // As they are in memory: to convert anything here would be to wait for it.
-  uint4 q[K / 32], k[K / 32];
-  uint2 v[V / 16];
   uint32_t gates[kGroup][kChannels];  // words; half of them for a 16-bit dtype
   Vec<float, kChannels> bias;
   float log_rate;
@@ -87,7 +94,7 @@ struct PrepInputs {
   // All loads are under way before the first use; the gates, which are needed first, in front. Rows past the end are
   // another token's, and made harmless later.
   template <bool kWide, typename G>
-  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task) {
+  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, PrepShared<K, V>& shared) {
     const PrepLane at;
     log_rate = p.A_log ? p.A_log[task.head] : 0.0f;
     bias = {};
@@ -115,14 +122,16 @@ struct PrepInputs {
     const uint64_t token = task.first_token + static_cast<unsigned>(row < task.count ? row : 0);
     const T* from_q = static_cast<const T*>(p.q) + token * p.q_token_stride + task.qk_head * p.q_head_stride + 8 * at.t;
     const T* from_k = static_cast<const T*>(p.k) + token * p.k_token_stride + task.qk_head * p.k_head_stride + 8 * at.t;
-    const T* from_v = static_cast<const T*>(p.v) + token * p.v_token_stride + task.head * p.v_head_stride + 4 * at.t;
+    const T* from_v = static_cast<const T*>(p.v) + token * p.v_token_stride + task.head * p.v_head_stride + 8 * at.t;
 #pragma unroll
     for (int j = 0; j < K / 32; ++j) {
-      q[j] = bits_as<uint4>(load_elements<kWide, T, 8>(from_q + 32 * j));
-      k[j] = bits_as<uint4>(load_elements<kWide, T, 8>(from_k + 32 * j));
+      copy_octet<kWide>(&shared.k_then_k_half[at.group][j][at.lane], from_k + 32 * j);
+      copy_octet<kWide>(&shared.q_then_k_start[at.group][j][at.lane], from_q + 32 * j);
     }
 #pragma unroll
-    for (int m = 0; m < V / 16; ++m) v[m] = bits_as<uint2>(load_elements<kWide, T, 4>(from_v + 16 * m));
+    for (int i = 0; i < V / 32; ++i)
+      copy_octet<kWide>(&shared.v[at.group].rows[at.g][value_place(at.g, 4 * i + at.t)], from_v + 32 * i);
+    cp_async_commit();
     const int64_t beta_at = token * p.beta_token_stride + task.head * p.beta_head_stride;
     const bool wide_beta = p.beta_dtype == DType::kF32;
     const uint16_t* from_beta = static_cast<const uint16_t*>(p.beta) + (wide_beta ? 2 * beta_at : beta_at);
@@ -130,12 +139,13 @@ struct PrepInputs {
     beta_words[1] = from_beta[0];
   }
 
-  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, bool wide) {
+  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, bool wide,
+                                       PrepShared<K, V>& shared) {
     const bool wide_gates = p.g_dtype == DType::kF32;
     if (wide)
-      wide_gates ? load<true, float>(p, task) : load<true, T>(p, task);
+      wide_gates ? load<true, float>(p, task, shared) : load<true, T>(p, task, shared);
     else
-      wide_gates ? load<false, float>(p, task) : load<false, T>(p, task);
+      wide_gates ? load<false, float>(p, task, shared) : load<false, T>(p, task, shared);
   }
 
   // The gates times log2(e), with their bias.
@@ -280,7 +290,12 @@ __device__ __forceinline__ TokenScales token_scales(const KdaPrefillParams& p, c
   const PrepLane at;
   const float beta = inputs.beta(p.beta_dtype);
   TokenScales scales{1.0f, 1.0f, p.use_beta_sigmoid ? sigmoid(beta) : beta, 1.0f, false};
-  const auto &q = inputs.q, &k = inputs.k;
+  uint4 q[K / 32], k[K / 32];
+#pragma unroll
+  for (int j = 0; j < K / 32; ++j) {
+    q[j] = shared.q_then_k_start[at.group][j][at.lane];
+    k[j] = shared.k_then_k_half[at.group][j][at.lane];
+  }
   const float q2 = row_squares<T>(q), k2 = row_squares<T>(k);
   if (p.use_qk_l2norm) {
     scales.q = inverse_norm<T>(q, q2);
@@ -318,11 +333,17 @@ __device__ __forceinline__ uint4 movmatrix_trans(uint4 x) {
   return make_uint4(movmatrix_trans(x.x), movmatrix_trans(x.y), movmatrix_trans(x.z), movmatrix_trans(x.w));
 }
 
-// Phase 2b. The group's values transposed; and the largest and smallest of the tokens' largest.
+// Phase 2b. The group's values transposed, in their place; and the largest and smallest of the tokens' largest.
 template <typename T, int K, int V>
-__device__ __forceinline__ void transpose_values(const uint2 (&row)[V / 16], PrepShared<K, V>& shared) {
+__device__ __forceinline__ void transpose_values(PrepShared<K, V>& shared) {
   using Pair = typename PairOf<T>::Type;
   const PrepLane at;
+  auto& v = shared.v[at.group];
+  uint2 row[V / 16];  // values 16 m + 4 t .. + 3 of the lane's token
+#pragma unroll
+  for (int m = 0; m < V / 16; ++m)
+    row[m] = reinterpret_cast<const uint2*>(&v.rows[at.g][value_place(at.g, 2 * m + at.t / 2)])[at.t % 2];
+  __syncwarp();
   Pair most = __habs2(bits_as<Pair>(row[0].x));
 #pragma unroll
   for (int m = 0; m < V / 16; ++m) {
@@ -331,7 +352,7 @@ __device__ __forceinline__ void transpose_values(const uint2 (&row)[V / 16], Pre
   }
 #pragma unroll
   for (int i = 0; i < V / 32; ++i)
-    shared.v[at.group][i][at.lane] =
+    v.operands[i][at.lane] =
         movmatrix_trans(make_uint4(row[2 * i].x, row[2 * i].y, row[2 * i + 1].x, row[2 * i + 1].y));
   const float2 pair = unpack2<T>(bits_as<uint32_t>(most));
   // As whole numbers, whose order is that of the magnitudes.

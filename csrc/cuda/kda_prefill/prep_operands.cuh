@@ -88,19 +88,6 @@ __device__ __forceinline__ uint32_t identity_operand() {
   return pack2<T>(at.g == 2 * at.t ? 1.0f : 0.0f, at.g == 2 * at.t + 1 ? 1.0f : 0.0f);
 }
 
-// By a product with 1, which takes two instructions instead of eight.
-template <typename T>
-__device__ __forceinline__ void unpack_eight(uint4 words, uint32_t identity, float (&x)[8]) {
-  float low[4] = {}, high[4] = {};
-  mma_m16n8k8<T>(low, {words.x, words.y}, identity);
-  mma_m16n8k8<T>(high, {words.z, words.w}, identity);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[i] = low[i];
-    x[4 + i] = high[i];
-  }
-}
-
 // Operands of the products of a row group with earlier ones, as an mma wants them: rows 0..7 are -k, 8..15 are q.
 template <int K>
 struct RowOperands {
@@ -109,9 +96,8 @@ struct RowOperands {
 
 // Phase 3b. All operands of the group's tokens; the product of the group with itself into `diagonal` (k rows, q rows).
 template <typename T, int K, int V, typename Image>
-__device__ __forceinline__ void make_operands(const PrepInputs<T, K, V>& inputs, const TokenScales& scales,
-                                              PrepShared<K, V>& shared, Image& image, RowOperands<K>& rows,
-                                              float (&diagonal)[4]) {
+__device__ __forceinline__ void make_operands(const TokenScales& scales, PrepShared<K, V>& shared, Image& image,
+                                              RowOperands<K>& rows, float (&diagonal)[4]) {
   const PrepLane at;
   const float q_scale = scales.q * kTf32Rounding, k_scale = scales.k * kTf32Rounding;
   const uint32_t identity = identity_operand<T>();
@@ -120,12 +106,16 @@ __device__ __forceinline__ void make_operands(const PrepInputs<T, K, V>& inputs,
     const int channel = 32 * j + 8 * at.t;
     auto& group = shared.groups[at.group][j];
     float q[8], k[8], k_column[8], factor[8];
-    unpack_eight<T>(inputs.q[j], identity, q);
-    unpack_eight<T>(inputs.k[j], identity, k);
+    const uint4 raw_q = shared.q_then_k_start[at.group][j][at.lane], raw_k = shared.k_then_k_half[at.group][j][at.lane];
+    const uint32_t q_words[4] = {raw_q.x, raw_q.y, raw_q.z, raw_q.w}, k_words[4] = {raw_k.x, raw_k.y, raw_k.z, raw_k.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      q[i] *= q_scale;
-      k[i] *= k_scale;
+    for (int i = 0; i < 4; ++i) {  // to fp32 by a product with 1: one instruction instead of four
+      float pairs[4] = {};
+      mma_m16n8k8<T>(pairs, {k_words[i], q_words[i]}, identity);
+      k[2 * i] = pairs[0] * k_scale;
+      k[2 * i + 1] = pairs[1] * k_scale;
+      q[2 * i] = pairs[2] * q_scale;
+      q[2 * i + 1] = pairs[3] * q_scale;
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -168,10 +158,14 @@ __device__ __forceinline__ void make_operands(const PrepInputs<T, K, V>& inputs,
     };
     const uint4 from_start = power(kFromStart);
     image.store_q(at.group, j, at.lane, multiply(q_rows, from_start));
-    shared.k_start[at.group][j][at.lane] = movmatrix_trans(multiply(k_rows, from_start));
+    shared.q_then_k_start[at.group][j][at.lane] = movmatrix_trans(multiply(k_rows, from_start));
     // Columns of the products with later groups, and of the state's update.
     load_eight(factor, &shared.factors[at.group][1][channel]);
-    group.operands.k_end[at.lane] = pack_scaled(k_column, factor);
+    const uint4 k_end = pack_scaled(k_column, factor);
+    group.operands.k_end[at.lane] = k_end;
+    // The same for rows beyond a quarter or half of the chunk, of groups that end before it does.
+    if (at.group % 4 == 0) shared.k_quarter[at.group / 4][j][at.lane] = multiply(k_end, power(kWithinHalf));
+    if (at.group < 3) shared.k_then_k_half[at.group][j][at.lane] = multiply(k_end, power(kBetweenHalves));
     load_eight(factor, &shared.factors[at.group][2][channel]);
     const uint4 kg = pack_scaled(k_column, factor);
     if constexpr (Image::kTransposedKg)
@@ -181,23 +175,7 @@ __device__ __forceinline__ void make_operands(const PrepInputs<T, K, V>& inputs,
   }
 }
 
-// Phase 3c. Columns of groups that end before a quarter or half of the chunk does, for rows after that.
-template <int K, int V>
-__device__ __forceinline__ void scale_columns(PrepShared<K, V>& shared) {
-  const PrepLane at;
-  const int m = at.group;
-  const auto scale = [&](PowerOfGroup which, uint4* to) {
-#pragma unroll
-    for (int j = 0; j < K / 32; ++j) {
-      const uint4 power = *reinterpret_cast<const uint4*>(&shared.powers[m][which][32 * j + 8 * at.t]);
-      to[j * kWarp] = multiply(shared.groups[m][j].operands.k_end[at.lane], power);
-    }
-  };
-  if (m % 4 == 0) scale(kWithinHalf, &shared.k_quarter[m / 4][0][at.lane]);
-  if (m < 3) scale(kBetweenHalves, &shared.k_half[m][0][at.lane]);
-}
-
-// Phase 3d. beta L within the group, for whoever inverts it; the group's own tile of A_qk.
+// Phase 3c. beta L within the group, for whoever inverts it; the group's own tile of A_qk.
 template <int K, int V>
 __device__ __forceinline__ uint32_t store_diagonal(const TokenScales& scales, const float (&diagonal)[4],
                                                    PrepShared<K, V>& shared) {

@@ -79,7 +79,7 @@ __device__ __forceinline__ void make_systems(RowOperands<K>& rows, uint32_t a_qk
   if (m < 4) return image.store_a_qk(m, at.lane, {near[0], near[1], near[2], near[3], 0, 0, 0, 0});
   // With the first half.
   if (m > 4) scale_rows<K>(rows, shared.powers[m][kBetweenHalves]);
-  const auto k_half = [&](int group) { return &shared.k_half[group][0][at.lane]; };
+  const auto k_half = [&](int group) { return &shared.k_then_k_half[group][0][at.lane]; };
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
     uint32_t tiles[2];
@@ -147,10 +147,10 @@ __device__ __forceinline__ void substitute(const PrepShared<K, V>& shared, uint3
     }
   };
   if (at.group < K / 32) {
-    load_rows.template operator()<Fp16>(&shared.k_start[0][at.group][at.lane], sizeof(shared.k_start[0]) / 16,
-                                        &shared.step[0][at.lane], 1.0f);
+    load_rows.template operator()<Fp16>(&shared.q_then_k_start[0][at.group][at.lane],
+                                        sizeof(shared.q_then_k_start[0]) / 16, &shared.step[0][at.lane], 1.0f);
   } else {
-    load_rows.template operator()<T>(&shared.v[0][at.group - K / 32][at.lane], sizeof(shared.v[0]) / 16,
+    load_rows.template operator()<T>(&shared.v[0].operands[at.group - K / 32][at.lane], sizeof(shared.v[0]) / 16,
                                      &shared.value_step[0][at.lane], power_of_two(-shared.exponent));
   }
   // sum[row_group] -= X A^T for the column groups of the a operands.
