@@ -174,6 +174,11 @@ __device__ __forceinline__ void store_8_hint(void* global, uint2 v, uint64_t hin
                : "memory");
 }
 
+// Begins to bring the line of 128 bytes to the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // ---- Special functions (ex2, lg2, rcp, rsqrt, tanh; relative error about 2^-22, tanh 2^-11) ------------------------
 
 __device__ __forceinline__ float exp2_approx(float x) {

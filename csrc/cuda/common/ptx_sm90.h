@@ -70,6 +70,12 @@ __device__ __forceinline__ void bulk_copy_multicast(void* shared, const void* gl
       : "memory");
 }
 
+// What this thread wrote to shared memory is visible to asynchronous copies and wgmma that start after it (and, behind
+// a barrier, to those of other threads).
+__device__ __forceinline__ void async_proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // ---- Clusters of blocks --------------------------------------------------------------------------------------------
 
 // Of the block in its cluster.

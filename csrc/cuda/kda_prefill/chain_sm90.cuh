@@ -5,21 +5,22 @@
 //
 //   (1) v'^T = u^T - S w^T   (2) o^T = S q^T   (3) S = S D + v'^T kg   (4) o^T += v'^T A_qk^T
 //
-// Block = (sequence, value head, 64 kWarpgroups values). One that has not all values of the head is in a cluster with
-// the others: each copies its share of the factors to all of them, so that an image leaves the L2 cache once.
+// Block = (sequence, value head, 64 values), a warpgroup and one more warp, which copies. The blocks of a head are a
+// cluster: each copies its share of the factors to all of them, so that an image leaves the L2 cache once.
 //
-// Time. (1) and (3) depend on each other from chunk to chunk, the others fill the time between: while (2) runs, v' is
-// rounded and checked and the state decayed; while (4) runs, the state is rounded for the next chunk; while (1) runs,
-// the output of the chunk before is written. K = V = 128, 64 values: 256 + 256 + 256 + 128 cycles of tensor cores a
-// chunk; 66 KB of shared memory filled, 1,030 cycles at 64 bytes each.
+// Time. (1) and (3) depend on each other from chunk to chunk, the others fill the time between: while (1) runs, the
+// output of the chunk before is rounded; while (2) runs, it is written, v' is rounded and checked and the state decayed;
+// while (3) runs, the next u is unpacked; while (4) runs, the state is rounded. K = V = 128: 256 + 256 + 256 + 128
+// cycles of tensor cores a chunk; 66 KB of shared memory filled, 1,030 cycles at 64 bytes each.
 //
-// Copies. A ring of kChainStages images. full[i] counts the bytes of stage i, empty[i] the warps, of all blocks of the
-// cluster, that have read it. Thread 0 starts the copies of the block's share when the stage is empty everywhere.
+// Copies. A ring of kChainStages images. Barriers of a stage: full, its bytes have come; empty, the block's warps have
+// read it, and those of the rest of the cluster.
 //
-// Range: as in chain.cuh. A warpgroup whose v' is not finite, or whose chunk has units, leaves the main loop for
-// careful_chunk(), in which every warp finds its units; the products there are the same, in the same order.
+// Range: as in chain.cuh. A warp whose v' is not finite takes part in (3) and (4) with v' = 0 and a state that is not
+// decayed, so nothing changes for it; at the end of the chunk the warpgroup learns of it, and careful_chunk() does the
+// chunk again for such warps. The products there are the same, in the same order.
 //
-// Shared memory: kChainStages * 66 or 74 KB (K = 128), 33 KB (K = 64) and the barriers.
+// Shared memory: kChainStages * 66 KB (K = 128), 33 KB (K = 64) and the barriers.
 #pragma once
 
 #include "cuda/common/ptx_sm90.h"
@@ -29,18 +30,23 @@
 
 namespace kimi::cuda {
 
-inline constexpr int kChainStages = 3;  // one in use, two on their way: 74 KB each would leave no room for a fourth
+inline constexpr int kChainStages = 3;  // one in use, two on their way: 66 KB each leave no room for a fourth
 inline constexpr int kWarpgroup = 4 * kWarp;
+inline constexpr int kWarpgroupBarrier = 1;
 
-template <int K, int kWarpgroups>
+inline constexpr int kChainThreadsSm90 = kWarpgroup + kWarp;
+
+template <int K>
 struct alignas(128) ChainStageSm90 {
   ChunkFactorsSm90<K> factors;
-  uint4 u[4 * kWarpgroups][kGroups / 2][kWarp];  // of the block's values
+  ChunkHeaderSm90<K> header;
+  uint4 u[4][kGroups / 2][kWarp];  // of the block's values
 };
 
-template <int K, int kWarpgroups>
+template <int K>
 struct ChainSharedSm90 {
-  ChainStageSm90<K, kWarpgroups> stages[kChainStages];
+  ChainStageSm90<K> stages[kChainStages];
+  uint4 identity[kGroups][kGroups][kGroup];  // of 64 tokens, as a right operand: [row group][column group][row]
   uint64_t full[kChainStages], empty[kChainStages];
 };
 
@@ -77,15 +83,16 @@ __device__ __forceinline__ void wgmma_results(Word (&d)[N][4]) {
 }
 
 // What a warp of the chain holds and does, chunk by chunk.
-template <typename T, int K, int kWarpgroups>
+template <typename T, int K>
 struct ChainWarp {
-  using Stage = ChainStageSm90<K, kWarpgroups>;
+  using Stage = ChainStageSm90<K>;
 
   float s[K / 8][4];                    // the state: rows g, g + 8 of the warp's 16, channels 8 i + 2 t, + 1
   uint32_t state[K / 16][4];            // in fp16, as left operand
   float values[kGroups][4];             // v'^T
   uint32_t new_values[kGroups / 2][4];  // in fp16, as left operand
   float out[kGroups][4];                // o^T
+  uint32_t rows[kGroups][2];            // the same in 16 bits
 
   __device__ __forceinline__ static int warp() { return threadIdx.x / kWarp; }
   __device__ __forceinline__ static int lane() { return threadIdx.x % kWarp; }
@@ -115,6 +122,24 @@ struct ChainWarp {
         values[2 * x + i / 2][2 * (i % 2) + 1] = pair.y * factor;
       }
     }
+  }
+
+  // values <- u^T, by a product with 1: the tensor cores have time, the warps do not.
+  __device__ __forceinline__ void multiply_one(const Stage& stage, const uint4* identity) {
+    const uint64_t one = wgmma_descriptor<false>(identity, 128, 128 * kGroups);
+    uint32_t u[kGroups / 2][4];
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) {
+      const uint4 words = stage.u[warp()][x][lane()];
+      u[x][0] = words.x;
+      u[x][1] = words.y;
+      u[x][2] = words.z;
+      u[x][3] = words.w;
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) wgmma_m64n64k16<false>(values, u[x], one + 16 * x, x > 0);
+    wgmma_commit();
   }
 
   // (1): values -= S w^T
@@ -172,7 +197,7 @@ struct ChainWarp {
 
   // S *= D
   __device__ __forceinline__ void decay_state(const Stage& stage) {
-    const float* decay = &stage.factors.decay[2 * (threadIdx.x % 4)];
+    const float* decay = &stage.header.decay[2 * (threadIdx.x % 4)];
 #pragma unroll
     for (int i = 0; i < K / 8; ++i) {
       const auto pair = load_vec<float, 2>(decay + 8 * i);
@@ -181,15 +206,16 @@ struct ChainWarp {
     }
   }
 
-  // The output times `factor` to memory: the chunk's first `count` tokens, `to` being the first, at the warp's values.
-  __device__ __forceinline__ void write_out(T* to, int64_t token_stride, int count, float factor, bool wide) const {
-    uint32_t rows[kGroups][2];
+  // rows <- the output times `factor`, in the dtype of memory.
+  __device__ __forceinline__ void round_out(float factor) {
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
+    for (int i = 0; i < 2 * kGroups; ++i)
+      rows[i / 2][i % 2] = pack2<T>(out[i / 2][2 * (i % 2)] * factor, out[i / 2][2 * (i % 2) + 1] * factor);
+  }
+  // The rows to memory: the chunk's first `count` tokens, `to` being the first, at the warp's values.
+  __device__ __forceinline__ void write_out(T* to, int64_t token_stride, int count, bool wide) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-        rows[i][r] = movmatrix_trans(pack2<T>(out[i][2 * r] * factor, out[i][2 * r + 1] * factor));
-    }
+    for (int i = 0; i < 2 * kGroups; ++i) rows[i / 2][i % 2] = movmatrix_trans(rows[i / 2][i % 2]);
     write_rows(rows, to, token_stride, count, wide);
   }
 
@@ -212,37 +238,37 @@ struct ChainTask {
   int first, last;                  // chunks of the sequence that are in the segment: [first, last)
 };
 
-// A chunk in which some warp of the warpgroup needs units of its own, or the recurrence (chain.cuh, "Range"); out is
-// written. `barrier`: of the warpgroup.
-template <typename T, int K, int kWarpgroups>
-__device__ __forceinline__ void careful_chunk(ChainWarp<T, K, kWarpgroups>& x, const KdaPrefillParams& p,
-                                              const Segment& segment, const ChainTask& task,
-                                              const ChainStageSm90<K, kWarpgroups>& stage, int chunk, T* out_of_chunk,
-                                              int barrier) {
-  const int exponent = stage.factors.exponent;
+// A chunk with units, or whose v' some warp of the warpgroup found not finite (chain.cuh, "Range"), for the warps that
+// have not done it yet; out is written.
+template <typename T, int K>
+__device__ __forceinline__ void careful_chunk(ChainWarp<T, K>& x, const KdaPrefillParams& p, const Segment& segment,
+                                              const ChainTask& task, const ChainStageSm90<K>& stage, int chunk,
+                                              T* out_of_chunk, bool done) {
+  const int exponent = stage.header.exponent;
   const int count = min(task.length - chunk * kChunk, kChunk);
-  bool exact = stage.factors.exact != 0;
+  bool exact = stage.header.exact != 0;
   if (!exact) {  // the same for the whole block
     int unit = exponent == 0 ? 0 : choose_unit<K>(x.s, exponent);
     bool again;
     do {
       exact = exact || (unit > 0 && unit - exponent > max_unit_gap(exponent));
-      x.round_state(exact ? 0.0f : power_of_two(-unit));
-      x.start_values(stage, exact ? 0.0f : power_of_two(exponent - unit));
+      const bool idle = exact || done;
+      x.round_state(idle ? 0.0f : power_of_two(-unit));
+      x.start_values(stage, idle ? 0.0f : power_of_two(exponent - unit));
       x.multiply_w(stage);
       wgmma_wait<0>();
       wgmma_results(x.values);
       again = false;
-      if (!x.round_values() && !exact) {
+      if (!x.round_values() && !idle) {
         const int larger = choose_unit<K>(x.s, exponent);
         exact = larger <= unit;
         unit = larger;
         again = true;
       }
-    } while (barrier_or(barrier, kWarpgroup, again));
+    } while (barrier_or(kWarpgroupBarrier, kWarpgroup, again));
 
     // The products are the warpgroup's. To a warp that does not want them v' is 0, and its state stays as it is.
-    if (exact) {
+    if (exact || done) {
 #pragma unroll
       for (int i = 0; i < 4 * (kGroups / 2); ++i) x.new_values[i / 4][i % 4] = 0;
     } else {
@@ -255,12 +281,13 @@ __device__ __forceinline__ void careful_chunk(ChainWarp<T, K, kWarpgroups>& x, c
     wgmma_wait<0>();
     wgmma_results(x.s);
     wgmma_results(x.out);
-    if (!exact) {
+    if (!exact && !done) {
       scale_state<K>(x.s, power_of_two(unit));
-      x.write_out(out_of_chunk, p.out_token_stride, count, p.scale * power_of_two(unit), segment.wide_out);
+      x.round_out(p.scale * power_of_two(unit));
+      x.write_out(out_of_chunk, p.out_token_stride, count, segment.wide_out);
     }
   }
-  if (exact) {
+  if (exact && !done) {
     const int64_t token = task.begin + static_cast<int64_t>(chunk) * kChunk;
     transpose_quads<K>(x.s);
     run_tokens<T, K / 32>(TokenReader<T, K / 32>(p, task.head, task.first_value), token, token + count, x.s);
@@ -268,14 +295,16 @@ __device__ __forceinline__ void careful_chunk(ChainWarp<T, K, kWarpgroups>& x, c
   }
 }
 
-// The ring of images. The block is at stage `index`, which is used for the even or odd time (`parity`).
-template <int K, int V, int kWarpgroups>
+// The ring of images, as one of the warps sees it that read it, or the one that copies: it is at stage `index`, which
+// is used for the even or odd time (`parity`).
+template <int K, int V>
 struct ChainRing {
-  using Shared = ChainSharedSm90<K, kWarpgroups>;
+  using Shared = ChainSharedSm90<K>;
   using Image = ChunkImageSm90<K, V>;
-  static constexpr int kCluster = V / (64 * kWarpgroups);
-  static constexpr uint32_t kShare = sizeof(ChunkFactorsSm90<K>) / kCluster, kValues = sizeof(Shared::stages[0].u);
-  static_assert(kShare % 16 == 0 && kShare * kCluster == sizeof(ChunkFactorsSm90<K>));
+  static constexpr int kCluster = V / 64;
+  static constexpr uint32_t kShare = sizeof(ChunkFactorsSm90<K>) / kCluster;
+  static constexpr uint32_t kHeader = sizeof(ChunkHeaderSm90<K>), kValues = sizeof(Shared::stages[0].u);
+  static_assert(kShare % 16 == 0 && kShare * kCluster == sizeof(ChunkFactorsSm90<K>) && kHeader % 16 == 0);
 
   Shared& shared;
   int index = 0, parity = 0;
@@ -284,37 +313,49 @@ struct ChainRing {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kChainStages; ++i) {
         mbarrier_init(&shared.full[i], 1);
-        mbarrier_init(&shared.empty[i], 4 * kWarpgroups * kCluster);
+        mbarrier_init(&shared.empty[i], kWarpgroup / kWarp * kCluster);
       }
       mbarrier_init_fence();
     }
+    for (int i = threadIdx.x; i < kChunk * kGroups; i += kChainThreadsSm90) {
+      const int row = i / kGroups, group = i % kGroups;
+      uint32_t words[4];
+      for (int w = 0; w < 4; ++w)
+        words[w] = row / kGroup == group && row % kGroup / 2 == w ? (row % 2 == 0 ? 0x3c00u : 0x3c000000u) : 0u;
+      shared.identity[row / kGroup][group][row % kGroup] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    async_proxy_fence();
     if constexpr (kCluster > 1)
       cluster_sync();
     else
       __syncthreads();
   }
 
-  // One thread starts the copies of an image into stage `to`.
-  __device__ __forceinline__ void copy(const Image& image, int to) {
-    auto& stage = shared.stages[to];
-    uint64_t* const full = &shared.full[to];
-    mbarrier_arrive_expect_tx(full, kShare * kCluster + kValues);
-    if constexpr (kCluster > 1) {
-      const int rank = cluster_rank();
-      bulk_copy(stage.u, image.u[4 * kWarpgroups * rank], kValues, full);
-      bulk_copy_multicast(reinterpret_cast<char*>(&stage.factors) + kShare * rank,
-                          reinterpret_cast<const char*>(&image.factors) + kShare * rank, kShare, full,
-                          (1 << kCluster) - 1);
-    } else {
-      bulk_copy(stage.u, image.u, kValues, full);
-      bulk_copy(&stage.factors, &image.factors, kShare, full);
+  // One thread of the block copies all images, image_of_chunk(i) being the i-th: its share of the factors to all blocks
+  // of the cluster.
+  template <typename ImageOfChunk>
+  __device__ __forceinline__ void copy_all(int count, ImageOfChunk&& image_of_chunk) {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const Image& image = image_of_chunk(i);
+      auto& stage = shared.stages[index];
+      uint64_t* const full = &shared.full[index];
+      if (i >= kChainStages) mbarrier_wait(&shared.empty[index], parity ^ 1);
+      mbarrier_arrive_expect_tx(full, kShare * kCluster + kHeader + kValues);
+      if constexpr (kCluster > 1) {
+        const int rank = cluster_rank();
+        bulk_copy_multicast(reinterpret_cast<char*>(&stage.factors) + kShare * rank,
+                            reinterpret_cast<const char*>(&image.factors) + kShare * rank, kShare, full,
+                            (1 << kCluster) - 1);
+        bulk_copy(&stage.header, &image.header, kHeader, full);
+        bulk_copy(stage.u, image.u[4 * rank], kValues, full);
+      } else {
+        bulk_copy(&stage.factors, &image.factors, kShare, full);
+        bulk_copy(&stage.header, &image.header, kHeader, full);
+        bulk_copy(stage.u, image.u, kValues, full);
+      }
+      advance();
     }
-  }
-  // The same into the stage in front of the present one, as soon as all warps have released it.
-  __device__ __forceinline__ void copy_behind(const Image& image) {
-    const int behind = index == 0 ? kChainStages - 1 : index - 1;
-    mbarrier_wait(&shared.empty[behind], index == 0 ? parity ^ 1 : parity);
-    copy(image, behind);
   }
 
   __device__ __forceinline__ const auto& stage() const { return shared.stages[index]; }
@@ -333,11 +374,85 @@ struct ChainRing {
   }
 };
 
-template <typename T, int K, int V, int kWarpgroups>
+// Phase 3 of a warp of the warpgroup: the state, through the chunks.
+template <typename T, int K, int V>
+__device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segment& segment, const ChainTask& task,
+                                           ChainRing<K, V>& ring, int slot) {
+  const auto rows_of = [&](int of_slot) {
+    return state_rows(p, segment.wide_state, of_slot, task.head, task.first_value);
+  };
+  T* out = static_cast<T*>(p.out) + (task.begin + static_cast<int64_t>(task.first) * kChunk) * p.out_token_stride +
+           task.head * p.out_head_stride + task.first_value;  // of the chunk
+  ChainWarp<T, K> x;
+  x.load(rows_of(slot), task.first == 0 && p.has_initial_state && !p.has_initial_state[task.sequence]);
+  x.round_state(1.0f);
+  ring.wait();
+  x.multiply_one(ring.stage(), &ring.shared.identity[0][0][0]);
+
+  bool behind = false;  // the output of the chunk before is in x.out, not yet written
+#pragma unroll 1
+  for (int chunk = task.first; chunk < task.last; ++chunk, out += kChunk * p.out_token_stride) {
+    const auto& stage = ring.stage();
+    x.multiply_w(stage);
+    wgmma_wait<1>();  // waits for nothing: tells the compiler that only the products above are under way
+    if (behind) x.round_out(p.scale);
+    x.multiply_q(stage);
+    const bool special = stage.header.exponent != 0 || stage.header.exact != 0;
+    if (behind) x.write_out(out - kChunk * p.out_token_stride, p.out_token_stride, kChunk, segment.wide_out);
+    wgmma_wait<1>();
+    wgmma_results(x.values);
+    const bool plain = x.round_values() && !special;
+    if (plain) {
+      x.decay_state(stage);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4 * (kGroups / 2); ++i) x.new_values[i / 4][i % 4] = 0;
+    }
+    x.multiply_kg(stage);
+    x.multiply_a_qk(stage);
+    behind = !barrier_or(kWarpgroupBarrier, kWarpgroup, !plain);
+    ring.advance();
+    if (chunk + 1 < task.last) ring.wait();
+    x.multiply_one(ring.stage(), &ring.shared.identity[0][0][0]);
+    wgmma_wait<2>();
+    wgmma_results(x.s);
+    x.round_state(1.0f);
+    wgmma_results(x.state);
+    wgmma_wait<0>();
+    wgmma_results(x.out);
+    wgmma_results(x.values);
+    if (!behind) {
+      if (plain) {
+        x.round_out(p.scale);
+        x.write_out(out, p.out_token_stride, min(task.length - chunk * kChunk, kChunk), segment.wide_out);
+      }
+      careful_chunk(x, p, segment, task, stage, chunk, out, plain);
+      x.round_state(1.0f);
+      x.multiply_one(ring.stage(), &ring.shared.identity[0][0][0]);
+      wgmma_wait<0>();
+      wgmma_results(x.values);
+    }
+    ring.release_behind();
+    if (chunk < p.num_snapshots && task.length - chunk * kChunk >= kChunk) {
+      const int to = p.snapshot_slots[task.sequence * p.num_snapshots + chunk];
+      if (to >= 0) x.store(rows_of(to));
+    }
+  }
+
+  // Phase 4: the last output; the state, for the next segment or the caller.
+  if (behind) {
+    x.round_out(p.scale);
+    x.write_out(out - kChunk * p.out_token_stride, p.out_token_stride,
+                min(task.length - (task.last - 1) * kChunk, kChunk), segment.wide_out);
+  }
+  x.store(rows_of(slot));
+}
+
+template <typename T, int K, int V>
 __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segment& segment) {
-  using Ring = ChainRing<K, V, kWarpgroups>;
-  auto& shared = shared_memory<ChainSharedSm90<K, kWarpgroups>>();
-  const int warp = threadIdx.x / kWarp;
+  using Ring = ChainRing<K, V>;
+  auto& shared = shared_memory<ChainSharedSm90<K>>();
+  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarp, 0);
   const int slice = static_cast<int>(blockIdx.x) % Ring::kCluster;
 
   // Phase 1: which of the sequence's chunks are in this segment.
@@ -346,105 +461,49 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
   ChainTask task;
   task.sequence = static_cast<int>(blockIdx.x) / Ring::kCluster;
   task.head = static_cast<int>(blockIdx.y);
-  task.first_value = (4 * kWarpgroups * slice + warp) * 16;
+  task.first_value = (4 * slice + warp) * 16;
   task.begin = p.cu_seqlens[task.sequence];
   task.length = static_cast<int>(p.cu_seqlens[task.sequence + 1] - task.begin);
   task.first_of_sequence = first_chunk(p.cu_seqlens, task.sequence);
   task.first = max(segment.first - task.first_of_sequence, 0);
   task.last = min(segment.first + segment.count - task.first_of_sequence, ceil_div(task.length, kChunk));
   if (task.length <= 0 || task.first >= task.last) return;
-  T* const out =
-      static_cast<T*>(p.out) + task.begin * p.out_token_stride + task.head * p.out_head_stride + task.first_value;
-  const auto out_of = [&](int chunk) { return out + static_cast<int64_t>(chunk) * kChunk * p.out_token_stride; };
+  const bool copies = warp == kWarpgroup / kWarp;
   const int slot = p.slots[task.sequence];
   if (slot < 0) {
+    if (copies) return;
+    T* const out =
+        static_cast<T*>(p.out) + task.begin * p.out_token_stride + task.head * p.out_head_stride + task.first_value;
     const uint32_t zeros[kGroups][2] = {};
-    for (int chunk = task.first; chunk < task.last; ++chunk)
-      write_rows(zeros, out_of(chunk), p.out_token_stride, min(task.length - chunk * kChunk, kChunk), segment.wide_out);
+    for (int chunk = task.first; chunk < task.last; ++chunk) {
+      write_rows(zeros, out + static_cast<int64_t>(chunk) * kChunk * p.out_token_stride, p.out_token_stride,
+                 min(task.length - chunk * kChunk, kChunk), segment.wide_out);
+    }
     return;
   }
-  const auto rows_of = [&](int of_slot) {
-    return state_rows(p, segment.wide_state, of_slot, task.head, task.first_value);
-  };
 
-  // Phase 2: the first images, and the state.
+  // Phase 2: the ring.
   Ring ring(shared);
-  const auto image_of_chunk = [&](int chunk) -> const auto& {
-    return image_of<typename Ring::Image>(segment, task.first_of_sequence + chunk, task.head, p.num_value_heads);
-  };
-  if (threadIdx.x == 0) {
-#pragma unroll 1
-    for (int i = 0; i < min(kChainStages, task.last - task.first); ++i) ring.copy(image_of_chunk(task.first + i), i);
-  }
-  __syncwarp();
-  ChainWarp<T, K, kWarpgroups> x;
-  x.load(rows_of(slot), task.first == 0 && p.has_initial_state && !p.has_initial_state[task.sequence]);
-  x.round_state(1.0f);
-
-  // Phase 3: the chunks. `behind`: the output of the chunk before is in x.out, not yet written.
-  const int barrier = 1 + warp / 4;
-  bool behind = false;
-  ring.wait();
-  x.start_values(ring.stage(), 1.0f);
-#pragma unroll 1
-  for (int chunk = task.first; chunk < task.last; ++chunk) {
-    const auto& stage = ring.stage();
-    x.multiply_w(stage);
-    wgmma_wait<1>();  // waits for nothing: tells the compiler that only the products above are under way
-    if (behind) x.write_out(out_of(chunk - 1), p.out_token_stride, kChunk, p.scale, segment.wide_out);
-    x.multiply_q(stage);
-    if (threadIdx.x == 0 && chunk > task.first && chunk + kChainStages <= task.last)
-      ring.copy_behind(image_of_chunk(chunk + kChainStages - 1));
+  if (copies) {
+    if (threadIdx.x % kWarp == 0) {
+      ring.copy_all(task.last - task.first, [&](int i) -> const auto& {
+        return image_of<typename Ring::Image>(segment, task.first_of_sequence + task.first + i, task.head,
+                                              p.num_value_heads);
+      });
+    }
     __syncwarp();
-    wgmma_wait<1>();
-    wgmma_results(x.values);
-    const bool plain = stage.factors.exponent == 0 && stage.factors.exact == 0 && x.round_values();
-    behind = !barrier_or(barrier, kWarpgroup, !plain);
-    const auto start_next = [&] {
-      x.round_state(1.0f);
-      ring.advance();
-      if (chunk + 1 == task.last) return;
-      ring.wait();
-      x.start_values(ring.stage(), 1.0f);
-    };
-    if (behind) {
-      x.decay_state(stage);
-      x.multiply_kg(stage);
-      x.multiply_a_qk(stage);
-      wgmma_wait<1>();
-      wgmma_results(x.s);
-      start_next();
-      wgmma_results(x.state);
-      wgmma_wait<0>();
-      wgmma_results(x.out);
-      ring.release_behind();
-    } else {
-      wgmma_wait<0>();
-      careful_chunk(x, p, segment, task, stage, chunk, out_of(chunk), barrier);
-      start_next();
-      ring.release_behind();
-    }
-    if (task.length - chunk * kChunk >= kChunk && chunk < p.num_snapshots) {
-      const int to = p.snapshot_slots[task.sequence * p.num_snapshots + chunk];
-      if (to >= 0) x.store(rows_of(to));
-    }
+  } else {
+    run_chunks<T, K, V>(p, segment, task, ring, slot);
   }
-
-  // Phase 4: the last output; the state, for the next segment or the caller.
-  if (behind) {
-    const int count = min(task.length - (task.last - 1) * kChunk, kChunk);
-    x.write_out(out_of(task.last - 1), p.out_token_stride, count, p.scale, segment.wide_out);
-  }
-  x.store(rows_of(slot));
   if constexpr (Ring::kCluster > 1) cluster_sync();  // nobody leaves while others copy to it, or arrive at its barriers
 }
 
 // SASS: tensor cores, 16-byte loads
-template <typename T, int K, int V, int kWarpgroups>
-__global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
+template <typename T, int K, int V>
+__global__ void __launch_bounds__(kChainThreadsSm90, 1)
     kda_chain_sm90_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
   if constexpr (kHasSm90)
-    run_chain<T, K, V, kWarpgroups>(p, segment);
+    run_chain<T, K, V>(p, segment);
   else
     __trap();
 }

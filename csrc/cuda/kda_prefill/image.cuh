@@ -103,6 +103,7 @@ struct Segment {
   int first = 0, count = 0;
   void* images = nullptr;
   int stages = 2;        // of the ring of images of the second kernel in its portable form: 2 or 3
+  int prefetch = 0;      // for the inputs of how many tokens further on the first kernel asks the L2 cache
   bool forward = false;  // the order in which the first kernel goes through the chunks
   // Which tensors lie such that vectors may be used: of 8 bytes for out, 16 for the state and, as they need, the
   // inputs.

@@ -8,16 +8,22 @@
 
 namespace kimi::cuda {
 
-// The factors that multiply the state, for all value channels; `octet` is one of 8 channels.
+// What wgmma reads, for all value channels; `octet` is one of 8 channels.
 template <int K>
 struct alignas(32) ChunkFactorsSm90 {
   uint4 w[kGroups][K / 8][kGroup];         // [group][octet][token] -T (beta k e^G)
   uint4 q[kGroups][K / 8][kGroup];         // q e^G, the same
   uint4 kg[kGroups][K / 8][kGroup];        // k e^(G_end - G), the same
   uint32_t a_qk[kGroups][kGroups][kWarp];  // [row group][column group][row, pair of columns] A_qk
-  float decay[K];                          // e^G_end
-  int exponent;                            // u is in units of 2^exponent
-  int exact;                               // not 0: nothing else here is valid
+};
+
+// What threads read themselves.
+template <int K>
+struct alignas(16) ChunkHeaderSm90 {
+  float decay[K];  // e^G_end
+  int exponent;    // u is in units of 2^exponent
+  int exact;       // not 0: nothing else of the image is valid
+  int unused[2];
 };
 
 template <int K, int V>
@@ -25,6 +31,7 @@ struct alignas(128) ChunkImageSm90 {
   static constexpr bool kTransposedKg = false;  // store_kg takes tokens as they come
 
   ChunkFactorsSm90<K> factors;
+  ChunkHeaderSm90<K> header;
   uint4 u[V / 16][kGroups / 2][kWarp];  // as in ChunkImage: accumulators of the second kernel
 
   // Of all lanes of a warp: `row` is channels 32 j + 8 (lane % 4) .. + 7 of token lane / 4 of the group.
@@ -43,10 +50,11 @@ struct alignas(128) ChunkImageSm90 {
     for (int c = 0; c < kGroups; ++c) factors.a_qk[group][c][lane] = tiles[c];
   }
   __device__ __forceinline__ void store_u(int block, int half, int lane, uint4 words) { u[block][half][lane] = words; }
-  __device__ __forceinline__ void store_decay(int channel, float decay) { factors.decay[channel] = decay; }
+  __device__ __forceinline__ void store_decay(int channel, float decay) { header.decay[channel] = decay; }
   __device__ __forceinline__ void store_header(int exponent, bool exact) {
-    factors.exponent = exponent;
-    factors.exact = exact;
+    header.exponent = exponent;
+    header.exact = exact;
+    header.unused[0] = header.unused[1] = 0;
   }
 };
 

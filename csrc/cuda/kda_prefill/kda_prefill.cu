@@ -25,6 +25,8 @@ constexpr int64_t kSegmentBytes = int64_t{384} << 20;
 // segments overlap and images stay in the L2 cache; 38 MB at 128 x 128. Shorter ones would cost the second kernel,
 // which loads and stores the state in each, and leave too few blocks for the first.
 constexpr int64_t kOverlappedImages = 512;
+// How far the first kernel looks ahead for inputs (measured: 128 and 256 are alike; 512, a whole wave of blocks, loses).
+constexpr int kPrefetchTokens = 128;
 constexpr int kTokenThreads = 128;  // of a block of the generic kernel, at most
 
 // ---- The generic path
@@ -156,21 +158,13 @@ void launch_portable_chain(const KdaPrefillParams& p, const Segment& segment, cu
     launch_chain<T, K, K / 16>(p, segment, stream);
 }
 
-template <typename T, int K, int kWarpgroups>
-void launch_chain_sm90(const KdaPrefillParams& p, const Segment& segment, cudaStream_t stream) {
-  constexpr unsigned kCluster = ChainRing<K, K, kWarpgroups>::kCluster;
-  const dim3 blocks(static_cast<unsigned>(p.num_sequences) * kCluster, static_cast<unsigned>(p.num_value_heads));
-  launch({.cluster = kCluster, .overlap = true}, kda_chain_sm90_kernel<T, K, K, kWarpgroups>, blocks,
-         dim3(kWarpgroups * kWarpgroup), sizeof(ChainSharedSm90<K, kWarpgroups>), stream, p, segment);
-}
-
-// The same choice: halves of a head, in a cluster, where there are multiprocessors for both.
+// A cluster of blocks for each head, whose rows they share.
 template <typename T, int K>
 void launch_sm90_chain(const KdaPrefillParams& p, const Segment& segment, cudaStream_t stream) {
-  if (K == 64 || 2 * p.num_sequences * p.num_value_heads <= multiprocessors())
-    launch_chain_sm90<T, K, 1>(p, segment, stream);
-  else
-    launch_chain_sm90<T, K, K / 64>(p, segment, stream);
+  constexpr unsigned kCluster = ChainRing<K, K>::kCluster;
+  const dim3 blocks(static_cast<unsigned>(p.num_sequences) * kCluster, static_cast<unsigned>(p.num_value_heads));
+  launch({.cluster = kCluster, .overlap = true}, kda_chain_sm90_kernel<T, K, K>, blocks, dim3(kChainThreadsSm90),
+         sizeof(ChainSharedSm90<K>), stream, p, segment);
 }
 
 // All kernels, segment by segment: P0 C0 P1 C1 ... Where the plan has them overlap, each may begin before the one in
@@ -189,6 +183,7 @@ void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
 
   const Plan plan(p);
   segment.forward = plan.overlapped;
+  segment.prefetch = plan.overlapped ? kPrefetchTokens : -kPrefetchTokens;
   for (int64_t index = 0; index < plan.segments; ++index) {
     const int64_t first = index * plan.chunks_per_segment;
     segment.first = static_cast<int>(first);

@@ -42,6 +42,7 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
   auto& image = image_of<Image>(segment, chunk, task.head, num_heads);
   PrepInputs<T, K, V> inputs;
   inputs.load(p, task, segment.wide_inputs, shared);
+  prefetch_inputs<T, K, V>(p, task, segment.prefetch);
   const auto halves = group_gates(p, task, inputs, shared);
   __syncthreads();
 

@@ -318,6 +318,27 @@ __device__ __forceinline__ TokenScales token_scales(const KdaPrefillParams& p, c
   return scales;
 }
 
+// To the L2 cache: the inputs of the chunk that is `ahead` tokens further, which another block will soon take up.
+template <typename T, int K, int V>
+__device__ __forceinline__ void prefetch_inputs(const KdaPrefillParams& p, const PrepTask& task, int ahead) {
+  const int row = threadIdx.x % kChunk, part = threadIdx.x / kChunk;
+  const int64_t token = static_cast<int64_t>(task.first_token) + ahead + row;
+  if (token < 0 || token >= p.num_tokens) return;
+  const auto prefetch = [&](const void* base, int64_t token_stride, int64_t head_stride, int head, int bytes) {
+    const char* from = static_cast<const char*>(base) + (token * token_stride + head * head_stride) * bytes;
+    for (int i = 0; i < K * bytes; i += 128) prefetch_l2(from + i);
+  };
+  static_assert(K == V && kPrepThreads / kChunk == 4);
+  if (part == 0)
+    prefetch(p.g, p.g_token_stride, p.g_head_stride, task.head, p.g_dtype == DType::kF32 ? 4 : 2);
+  else if (part == 1)
+    prefetch(p.k, p.k_token_stride, p.k_head_stride, task.qk_head, sizeof(T));
+  else if (part == 2)
+    prefetch(p.q, p.q_token_stride, p.q_head_stride, task.qk_head, sizeof(T));
+  else
+    prefetch(p.v, p.v_token_stride, p.v_head_stride, task.head, sizeof(T));
+}
+
 template <typename T>
 struct PairOf;  // the pair type
 template <>

@@ -40,6 +40,8 @@ inline void bulk_copy_multicast(void* shared, const void* global, uint32_t bytes
 
 // ---- Clusters, dependent launches ----------------------------------------------------------------------------------
 
+inline void async_proxy_fence() {}
+
 inline int cluster_rank() {
   return emulator::current->rank;
 }
