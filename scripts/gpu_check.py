@@ -6,13 +6,12 @@
     gpu_check.py --no-build --logs out/logs            with build-gpu/lib as another machine built it
 
 Steps, in this order; each is one run of pytest under a time limit of its own:
-  native     all tests marked `gpu`, on the machine code that was built and whichever kernels suit this card
+  native     all tests marked `gpu`, on the machine code that was built and whichever kernels suit this card (on Hopper, its own)
   portable   the same with KIMI_CUDA_PATH=portable, on a copy of the libraries that has only PTX (scripts/ptx_only.py), which the
              driver compiles: what any card from compute capability 8.0 on runs
-  sm90       native with KIMI_CUDA_PATH=sm90: the kernels for Hopper alone, which have to be asked for
   memcheck, racecheck, initcheck, synccheck
-             compute-sanitizer over the tests in tests/sanitized.txt, the four side by side; then, with KIMI_CUDA_PATH=sm90, over those
-             of the kernels for Hopper alone (tests/test_<op>_sm90.py)
+             compute-sanitizer over the tests in tests/sanitized.txt, the four side by side, with KIMI_CUDA_PATH=portable; then, without,
+             over those of the kernels for Hopper alone (tests/test_<op>_sm90.py)
 
 Exit code 0: all well. 1: something failed or could not be run. 2: nothing can be checked here (no GPU, no build).
 """
@@ -40,8 +39,8 @@ from ptx_only import ptx_only
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
-STEPS = ["native", "portable", "sm90", *SANITIZERS]
-TIMEOUTS = {"native": 180, "portable": 240, "sm90": 180, **dict.fromkeys(SANITIZERS, 240)}
+STEPS = ["native", "portable", *SANITIZERS]
+TIMEOUTS = {"native": 180, "portable": 240, **dict.fromkeys(SANITIZERS, 240)}
 
 # Only our kernels are checked: "kimi" is in their mangled names. Not by initcheck, which must see who else wrote to memory.
 # torch probes the driver with calls that may fail, so failed calls are not errors; our own throw. A kernel with an error ends, the
@@ -91,9 +90,9 @@ def operators(root: Path) -> list[str]:
     return sorted(folders | {path.stem for path in cuda.glob("*.cu")})
 
 
-def find_files(root: Path, only: list[str], *, sanitized: bool, path: str = "") -> list[Path]:
+def find_files(root: Path, only: list[str], *, sanitized: bool, hopper: bool = False) -> list[Path]:
     """The test files that can have a GPU test in them. `only` restricts them to these operators' own; `sanitized` to operators', and
-    beside it the `path` "sm90" to those of the kernels for Hopper alone."""
+    beside it `hopper` to those of the kernels for Hopper alone."""
     known = operators(root)
     if unknown := set(only) - set(known):
         raise CannotCheck(f"no CUDA sources of {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -101,7 +100,7 @@ def find_files(root: Path, only: list[str], *, sanitized: bool, path: str = "") 
     for file in sorted((root / "tests").glob("test_*.py")):
         name = file.stem.removeprefix("test_").removesuffix("_sm90")
         wanted = name in (only or known) if only or sanitized else re.search(r"\b(DEVICES|DEVICE_DTYPES|needs_gpu)\b", file.read_text())
-        if wanted and not (sanitized and path == "sm90" and not file.stem.endswith("_sm90")):
+        if wanted and not (sanitized and hopper and not file.stem.endswith("_sm90")):
             files.append(file)
     return files
 
@@ -130,8 +129,7 @@ def make_jobs(
 
     def job(name: str, step: str, environment: dict[str, str], front: list[str], arguments: list[str]) -> Job:
         place, report = scratch / name.replace(" ", "-"), scratch / f"{name.replace(' ', '-')}.xml"
-        path = environment.get("KIMI_CUDA_PATH", "")
-        files = [str(file) for file in find_files(root, only, sanitized=step in SANITIZERS, path=path)]
+        files = [str(file) for file in find_files(root, only, sanitized=step in SANITIZERS, hopper=name.endswith("sm90"))]
         command = [*front, *pytest, f"--basetemp={place}", f"--junitxml={report}", *arguments, *files]
         return Job(name, step, command, base | environment, TIMEOUTS[step], report)
 
@@ -141,10 +139,7 @@ def make_jobs(
     if "portable" in steps:
         environment = {"KIMI_NATIVE_LIB_DIR": str(libraries["portable"]), "KIMI_CUDA_PATH": "portable"}
         groups.append([job("portable", "portable", environment, [], ["-q", *distributed])])
-    hopper = any("sm90" in path.name for path in (root / "csrc" / "cuda").rglob("*.cu*"))
-    if "sm90" in steps and hopper:
-        groups.append([job("sm90", "sm90", {"KIMI_CUDA_PATH": "sm90"}, [], ["-q", *distributed])])
-    for path in ["", "sm90"] if hopper and (not only or find_files(root, only, sanitized=True, path="sm90")) else [""]:
+    for kind in ["", "sm90"] if find_files(root, only, sanitized=True, hopper=True) else [""]:
         group = []
         for tool in [step for step in steps if step in SANITIZERS]:
             assert sanitizer is not None
@@ -152,8 +147,8 @@ def make_jobs(
             # Every tensor is an allocation of its own, so that an access past its end is seen; and the same kernels as in the emulator,
             # with which tests/sanitized.txt was chosen.
             environment = {"KIMI_SANITIZER": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "KIMI_CUDA_MULTIPROCESSORS": "3"}
-            environment["KIMI_CUDA_PATH"] = path
-            group.append(job(f"{tool} {path}".strip(), tool, environment, front, ["-v"]))
+            environment["KIMI_CUDA_PATH"] = "" if kind else "portable"
+            group.append(job(f"{tool} {kind}".strip(), tool, environment, front, ["-v"]))
         groups.append(group)
     return [group for group in groups if group]
 

@@ -29,6 +29,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 DEVICE_DTYPES = [("cpu", dtype) for dtype in (CUDA_DTYPES if EMULATED else FLOAT_DTYPES)] + [
     pytest.param("cuda", dtype, marks=needs_gpu) for dtype in CUDA_DTYPES
 ]
+# Whether the kernels for Hopper run: there by default, in the emulator if KIMI_CUDA_PATH is "sm90".
+HOPPER_KERNELS = EMULATED or (
+    torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and os.environ.get("KIMI_CUDA_PATH") != "portable"
+)
+
 needs_cpu_backend = pytest.mark.skipif(EMULATED, reason="the CPU backend's own promise")
 
 

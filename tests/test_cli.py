@@ -122,13 +122,13 @@ DEFAULT = "90a-real 80-virtual"
 @pytest.mark.parametrize(
     ("capability", "build", "architectures", "path", "expected"),
     [
-        ((9, 0), "13.0.88", DEFAULT, None, PORTABLE),
-        ((9, 0), "13.0.88", DEFAULT, "sm90", HOPPER),
+        ((9, 0), "13.0.88", DEFAULT, None, HOPPER),
         ((9, 0), "13.0.88", DEFAULT, "portable", PORTABLE),
-        ((8, 0), "13.0.88", DEFAULT, "sm90", PORTABLE),
+        ((9, 0), "13.0.88", "80-virtual", None, PORTABLE),
+        ((8, 0), "13.0.88", DEFAULT, None, PORTABLE),
         ((12, 0), "13.0.88", DEFAULT, None, PORTABLE),
-        ((9, 0), "13.0.88", "", "sm90", HOPPER),  # _C is not built
-        ((9, 0), "13.0.88", "90a-real", "sm90", HOPPER),
+        ((9, 0), "13.0.88", "", None, HOPPER),  # _C is not built
+        ((9, 0), "13.0.88", "90a-real", None, HOPPER),
         ((8, 9), "13.0.88", "80-real", None, PORTABLE),
         ((7, 5), "13.0.88", DEFAULT, None, dict(usable=False, reason="the kernels need compute capability 8.0")),
         ((8, 0), "13.0.88", "90a-real", None, dict(usable=False, reason="this build is for 90a-real (KIMI_CUDA_ARCHITECTURES)")),

@@ -1,14 +1,9 @@
-"""kda_decode and kda_decode_fused launched as on Hopper, where a kernel's launch overlaps the kernel in front: KIMI_CUDA_PATH=sm90.
-
-The tests of test_kda_decode.py that launch kernels, once more, and calls that follow each other closely. In the emulator they ask for
-it themselves; on a GPU, where the variable is read once, the whole run must have it.
-"""
-
-import os
+"""kda_decode and kda_decode_fused launched as on Hopper, where a kernel's launch overlaps the kernel in front: the tests of
+test_kda_decode.py that launch kernels, once more in the emulator, which must be asked for it, and calls that follow each other closely."""
 
 import pytest
 import torch
-from kit import EMULATED, assert_same_bits, needs_gpu
+from kit import EMULATED, HOPPER_KERNELS, assert_same_bits, needs_gpu
 from test_kda_decode import (  # noqa: F401
     HALF_DTYPES,
     fused_problem,
@@ -30,9 +25,7 @@ from test_kda_decode import (  # noqa: F401
 
 from kimi_native.ops import kda_decode, kda_decode_fused
 
-pytestmark = pytest.mark.skipif(
-    not EMULATED and os.environ.get("KIMI_CUDA_PATH") != "sm90", reason="KIMI_CUDA_PATH=sm90 asks for the Hopper kernels"
-)
+pytestmark = pytest.mark.skipif(not HOPPER_KERNELS, reason="no Hopper kernels on this device, or KIMI_CUDA_PATH=portable")
 
 
 @pytest.fixture(autouse=True)

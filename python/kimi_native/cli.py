@@ -607,7 +607,8 @@ def _gpu(properties: Any, cuda_build: str, architectures: str) -> dict[str, Any]
         return {**facts, "usable": False, "reason": "the kernels need compute capability 8.0"}
     if architectures and not any(_runs_on(architecture, major, minor) for architecture in architectures.split()):
         return {**facts, "usable": False, "reason": f"this build is for {architectures} (KIMI_CUDA_ARCHITECTURES)"}
-    hopper = (major, minor) == (9, 0) and os.environ.get("KIMI_CUDA_PATH") == "sm90"
+    built = not architectures or any(architecture.startswith("90a") for architecture in architectures.split())
+    hopper = (major, minor) == (9, 0) and built and os.environ.get("KIMI_CUDA_PATH") != "portable"
     return {**facts, "usable": True, "dtypes": ["float32", "bfloat16", "float16"], "kernels": "sm90" if hopper else "portable"}
 
 

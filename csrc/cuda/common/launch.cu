@@ -28,12 +28,21 @@ int max_shared_bytes() {
   return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
+static __global__ void probe() {}
+
 bool use_sm90() {
-  static const bool asked = [] {
+  static const bool wanted = [] {
     const char* path = std::getenv("KIMI_CUDA_PATH");
-    return path != nullptr && std::string_view(path) == "sm90";
+    return path == nullptr || std::string_view(path) != "portable";
   }();
-  return asked && compute_capability() == 90;
+  if (!wanted || compute_capability() != 90) return false;
+  // Of a build without Hopper's own code the driver compiles the PTX for older cards, in which such kernels are empty.
+  static const bool built = [] {
+    cudaFuncAttributes attributes = {};
+    KIMI_CUDA_CHECK(cudaFuncGetAttributes(&attributes, probe));
+    return attributes.ptxVersion >= 90;
+  }();
+  return built;
 }
 
 }  // namespace kimi::cuda

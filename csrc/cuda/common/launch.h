@@ -26,8 +26,8 @@ int multiprocessors();
 int compute_capability();  // 90 for 9.0
 int max_shared_bytes();    // that a block can have: 227 KB on 9.0, 163 on 8.0, 99 on 8.6 and 8.9
 
-// Whether the Hopper kernels run: the device is of compute capability 9.0, and the environment variable KIMI_CUDA_PATH
-// (read once) is "sm90". They have to be asked for until a GPU has shown that they are right.
+// Whether the kernels for Hopper run: the device is of compute capability 9.0, the build has its code, and the
+// environment variable KIMI_CUDA_PATH (read once) is not "portable".
 bool use_sm90();
 
 // What a launch may ask for on compute capability 9.0.

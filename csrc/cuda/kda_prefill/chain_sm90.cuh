@@ -9,9 +9,10 @@
 // cluster: each copies its share of the factors to all of them, so that an image leaves the L2 cache once.
 //
 // Time. (1) and (3) depend on each other from chunk to chunk, the others fill the time between: while (1) runs, the
-// output of the chunk before is rounded; while (2) runs, it is written, v' is rounded and checked and the state decayed;
-// while (3) runs, the next u is unpacked; while (4) runs, the state is rounded. K = V = 128: 256 + 256 + 256 + 128
-// cycles of tensor cores a chunk; 66 KB of shared memory filled, 1,030 cycles at 64 bytes each.
+// output of the chunk before is rounded; while (2) runs, it is written, v' is rounded and checked and the state
+// decayed; while (4) runs, the state is rounded. u^T comes into the accumulators of the next (1) by a product with 1.
+// K = V = 128: 256 + 256 + 256 + 128 + 128 cycles of tensor cores a chunk; but each of the four warps has a scheduler
+// to itself, and its 510 instructions, most of which wait for the one before, take 2,150 cycles: they bound it.
 //
 // Copies. A ring of kChainStages images. Barriers of a stage: full, its bytes have come; empty, the block's warps have
 // read it, and those of the rest of the cluster.
@@ -498,7 +499,7 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
   if constexpr (Ring::kCluster > 1) cluster_sync();  // nobody leaves while others copy to it, or arrive at its barriers
 }
 
-// SASS: tensor cores, 16-byte loads
+// SASS: tensor cores, 16-byte loads, stack 16 (what is read once a chunk; registers are full)
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kChainThreadsSm90, 1)
     kda_chain_sm90_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {

@@ -101,7 +101,7 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
   }
 }
 
-// SASS: tensor cores, 16-byte loads
+// SASS: tensor cores, 16-byte loads, stack 8 (one address; registers are full)
 template <typename T, int K, int V, typename Image>
 __global__ void __launch_bounds__(kPrepThreads, 2)
     kda_prep_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
