@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import sys
 import time
@@ -214,6 +215,7 @@ def decode(bench: Bench, model: KimiLinear, batch: int, context: int) -> None:
 
 def build_theirs(config: KimiLinearConfig, layers: int) -> Any:
     """transformers' model of these sizes with `layers` layers (and the kinds of our first ones), random weights, on the GPU."""
+    os.environ["FLA_KIMI_NATIVE"] = "0"  # fla's own kernels: it would hand its KDA to ours (kimi_native.compat.fla)
     from transformers import KimiLinearConfig as TheirConfig
     from transformers import KimiLinearForCausalLM
 

@@ -33,7 +33,8 @@ def use(folder: Path | None) -> None:
 
 
 def fla(module: str) -> Any | None:
-    """A module of fla-core, `fla.<module>`."""
+    """A module of fla-core, `fla.<module>`, with its own kernels: it would hand its KDA to ours (kimi_native.compat.fla)."""
+    os.environ["FLA_KIMI_NATIVE"] = "0"
     try:
         found = importlib.import_module(f"fla.{module}")
     except ImportError:

@@ -44,7 +44,8 @@ is its time and, in parentheses, how many times faster ours is, **bold** where t
 
 On a GPU a time is that between two events around the replay of a CUDA graph of the one call, so that launch gaps count for
 nobody. `e` marks a peer that was timed without a graph, because it cannot be captured, is slower in one, or takes more than 20
-ms. `s` marks a peer of the whole model that was run with fewer layers: its time is scaled to all of them. "failed": it raised,
+ms. `s` marks a peer of the whole model that was run with fewer layers: its time is scaled to all of them. `r` marks a peer's time
+from another run than ours, on the same kind of GPU. "failed": it raised,
 or its output was too far from fp64 to be the same function. An empty kernel, measured the same way, takes what the table of
 runs says: that is in every figure. `fla` is fla-core's Triton kernels, tuned on the machine; FlashKDA and FlashMLA are the
 libraries in vLLM's wheel; `sdpa` and `torch` are torch's own.
@@ -66,7 +67,8 @@ REASONS = {
         "torch",
     ): "cuBLAS uses wgmma and another order of summation for every size, which is what this operator is there to avoid",
     ("short_conv_update", "fla"): "at batch 1 and 4 both are latency; ours reads the slot first, theirs has no slots",
-    ("rms_norm", "fla"): "the records are of a kernel that gave a row to one warp at any size; rows of small calls have a block each since",
+    ("rms_norm", "fla"): "small calls are latency; with a residual the records are of a kernel that loaded it piece by piece, each behind "
+    "the store of the one before (since then all at once, not yet measured)",
     ("rms_norm", "torch"): "as beside fla",
     ("gated_rms_norm", "fla"): "within 5 %: both are one launch and one round trip to memory",
 }
@@ -131,18 +133,19 @@ def op_table(op: str, records: list[Record]) -> list[str]:
         if with_tokens:
             extra.append(number(c["tokens_per_s"]))
         figures = [number(c["us"]), f"{c['tflops']:.3g}", number(c["gbps"]), f"{c['roof_pct']:.0f}"]
-        return [c["case"], *figures, *extra, *(peer_cell(peers.get((c["case"], name))) for name in names)]
+        return [c["case"], *figures, *extra, *(peer_cell(peers.get((c["case"], name)), c["run"]) for name in names)]
 
     head = ["case", "us", "TFLOP/s", "GB/s", "% roof", *["path"] * on_gpu, *["tokens/s"] * with_tokens, *(f"{name}, us" for name in names)]
     return [f"#### `{op}`", "", *table(head, map(row, cases)), *facts(op, records)]
 
 
-def peer_cell(peer: Record | None) -> str:
+def peer_cell(peer: Record | None, run: int) -> str:
     if peer is None:
         return ""
     if "peer_us" not in peer:
         return "failed"
     mark = " e" if peer["timing"] == "events" else " s" if peer.get("scaled") else ""
+    mark += " r" if peer["run"] != run else ""
     if peer.get("ratio") is None:
         return f"{number(peer['peer_us'])}{mark}"
     ratio = f"({peer['ratio']:.2f}x)"

@@ -17,6 +17,7 @@ import bench_report  # noqa: E402
 import devices  # noqa: E402
 import harness  # noqa: E402
 import kda_inputs  # noqa: E402
+import peers  # noqa: E402
 import run  # noqa: E402
 from devices import Effort  # noqa: E402
 from harness import Case, Job, Peer  # noqa: E402
@@ -189,3 +190,10 @@ def test_every_faster_peer_has_its_reason():
             continue
         missing = set(bench_report.behind(json.loads(path.read_text()))) - set(bench_report.REASONS)
         assert not missing, f"{path.name}: no reason in scripts/bench_report.py for {sorted(missing)}"
+
+
+def test_fla_is_measured_with_its_own_kernels(monkeypatch):
+    """It hands its KDA to ours where both are installed (kimi_native.compat.fla)."""
+    monkeypatch.setenv("FLA_KIMI_NATIVE", "1")
+    peers.fla("ops.kda")
+    assert os.environ["FLA_KIMI_NATIVE"] == "0"

@@ -35,12 +35,18 @@ struct Row {
         out(static_cast<T*>(p.out) + token * p.out_stride) {}
 };
 
-// v + residual, rounded; also stored as the new residual.
+// v + residual, rounded.
+template <typename T, int Width>
+__device__ __forceinline__ Vec<T, Width> sum_of(Vec<T, Width> v, const Vec<T, Width>& residual) {
+#pragma unroll
+  for (int i = 0; i < Width; ++i) v.x[i] = from_float<T>(to_float(v.x[i]) + to_float(residual.x[i]));
+  return v;
+}
+
+// The same, also stored as the new residual.
 template <typename T, int Width>
 __device__ __forceinline__ Vec<T, Width> add_residual(T* residual, Vec<T, Width> v) {
-  const Vec<T, Width> r = load_vec<T, Width>(residual);
-#pragma unroll
-  for (int i = 0; i < Width; ++i) v.x[i] = from_float<T>(to_float(v.x[i]) + to_float(r.x[i]));
+  v = sum_of(v, load_vec<T, Width>(residual));
   store_vec(residual, v);
   return v;
 }
@@ -111,10 +117,18 @@ __global__ void __launch_bounds__(kRowsPerBlock* kWarp, 4) rms_norm_many_rows_ke
     if (first + j * kStep < p.dim) cached[j] = load_vec<T, Width>(row.x + first + j * kStep);
   }
   if (row.residual) {
+    Vec<T, Width> residual[kCached];  // all loads in front of the first store: the compiler would keep their order
 #pragma unroll
     for (int j = 0; j < kCached; ++j) {
-      const int64_t at = first + j * kStep;
-      if (at < p.dim) cached[j] = add_residual<T, Width>(row.residual + at, cached[j]);
+      if (first + j * kStep < p.dim) residual[j] = load_vec<T, Width>(row.residual + first + j * kStep);
+    }
+#pragma unroll
+    for (int j = 0; j < kCached; ++j) {
+      if (first + j * kStep < p.dim) cached[j] = sum_of(cached[j], residual[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kCached; ++j) {
+      if (first + j * kStep < p.dim) store_vec(row.residual + first + j * kStep, cached[j]);
     }
   }
 #pragma unroll

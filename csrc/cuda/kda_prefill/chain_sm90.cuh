@@ -363,6 +363,7 @@ struct ChainRing {
   __device__ __forceinline__ void wait() { mbarrier_wait(&shared.full[index], parity); }
   // The warp is done with the stage before the present one.
   __device__ __forceinline__ void release_behind() {
+    __syncwarp();  // one lane arrives for what all have read
     uint64_t* const empty = &shared.empty[index == 0 ? kChainStages - 1 : index - 1];
     if constexpr (kCluster > 1) {
       if (threadIdx.x % kWarp < kCluster) mbarrier_arrive_cluster(empty, threadIdx.x % kWarp);
