@@ -365,11 +365,9 @@ struct ChainRing {
   __device__ __forceinline__ void release_behind() {
     __syncwarp();  // one lane arrives for what all have read
     uint64_t* const empty = &shared.empty[index == 0 ? kChainStages - 1 : index - 1];
-    if constexpr (kCluster > 1) {
-      if (threadIdx.x % kWarp < kCluster) mbarrier_arrive_cluster(empty, threadIdx.x % kWarp);
-    } else {
-      if (threadIdx.x % kWarp == 0) mbarrier_arrive(empty);
-    }
+    const int lane = threadIdx.x % kWarp;
+    if (lane == 0) mbarrier_arrive(empty);
+    if (lane > 0 && lane < kCluster) mbarrier_arrive_cluster(empty, (static_cast<int>(blockIdx.x) + lane) % kCluster);
   }
   __device__ __forceinline__ void advance() {
     if (++index == kChainStages) index = 0, parity ^= 1;
