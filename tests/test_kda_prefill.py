@@ -216,7 +216,9 @@ def test_values_of_many_magnitudes_in_one_chunk(old, new, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("k_norm, q_norm, beta", [(1.0, 1.0, 1.9), (30.0, 1.0, 1e-3), (1e-3, 1e-4, 0.5), (1e3, 1e3, 1e-6), (1.0, 1e6, 1.0)])
+@pytest.mark.parametrize(
+    "k_norm, q_norm, beta", [(1.0, 1.0, 1.9), (30.0, 1.0, 1e-3), (1e-3, 1e-4, 0.5), (1e3, 1e3, 1e-6), (1e7, 1.0, 1e-14), (1.0, 1e6, 1.0)]
+)
 def test_keys_and_steps_that_are_not_normalized(k_norm, q_norm, beta, device):
     args = problem([130], 1, 1, 64, 64, torch.bfloat16, regime="remember") | {"use_qk_l2norm": False, "use_beta_sigmoid": False}
     args["q"], args["k"] = args["q"] * (q_norm / 8), args["k"] * (k_norm / 8)

@@ -19,7 +19,8 @@
 //
 // Range: as in chain.cuh. A warp whose v' is not finite takes part in (3) and (4) with v' = 0 and a state that is not
 // decayed, so nothing changes for it; at the end of the chunk the warpgroup learns of it, and careful_chunk() does the
-// chunk again for such warps. The products there are the same, in the same order.
+// chunk again for such warps. The products there are the same, in the same order. (0 times kg must be 0 for that: kg is
+// finite also where nothing else of an image is valid.)
 //
 // Shared memory: kChainStages * 66 KB (K = 128), 33 KB (K = 64) and the barriers.
 #pragma once

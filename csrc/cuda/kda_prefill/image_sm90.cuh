@@ -22,7 +22,7 @@ template <int K>
 struct alignas(16) ChunkHeaderSm90 {
   float decay[K];  // e^G_end
   int exponent;    // u is in units of 2^exponent
-  int exact;       // not 0: nothing else of the image is valid
+  int exact;       // not 0: nothing else of the image is valid; kg is finite still
   int unused[2];
 };
 

@@ -58,7 +58,7 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
   make_factors(halves, shared);
   RowOperands<K> rows;
   float diagonal[4] = {};
-  make_operands<T>(scales, shared, image, rows, diagonal);
+  make_operands<T>(scales, exact, shared, image, rows, diagonal);
   const uint32_t a_qk_diagonal = store_diagonal(scales, diagonal, shared);
   __syncthreads();
 

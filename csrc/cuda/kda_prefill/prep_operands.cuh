@@ -96,8 +96,8 @@ struct RowOperands {
 
 // Phase 3b. All operands of the group's tokens; the product of the group with itself into `diagonal` (k rows, q rows).
 template <typename T, int K, int V, typename Image>
-__device__ __forceinline__ void make_operands(const TokenScales& scales, PrepShared<K, V>& shared, Image& image,
-                                              RowOperands<K>& rows, float (&diagonal)[4]) {
+__device__ __forceinline__ void make_operands(const TokenScales& scales, bool exact, PrepShared<K, V>& shared,
+                                              Image& image, RowOperands<K>& rows, float (&diagonal)[4]) {
   const PrepLane at;
   const float q_scale = scales.q * kTf32Rounding, k_scale = scales.k * kTf32Rounding;
   const uint32_t identity = identity_operand<T>();
@@ -171,7 +171,7 @@ __device__ __forceinline__ void make_operands(const TokenScales& scales, PrepSha
     if constexpr (Image::kTransposedKg)
       group.operands.kg[at.lane] = movmatrix_trans(kg);
     else
-      image.store_kg(at.group, j, at.lane, kg);
+      image.store_kg(at.group, j, at.lane, exact ? make_uint4(0, 0, 0, 0) : kg);  // it may be infinite then
   }
 }
 
