@@ -36,7 +36,7 @@ inline constexpr int kChainStages = 3;  // one in use, two on their way: 66 KB e
 inline constexpr int kWarpgroup = 4 * kWarp;
 inline constexpr int kWarpgroupBarrier = 1;
 
-inline constexpr int kChainThreadsSm90 = kWarpgroup + kWarp;
+inline constexpr int kChainThreadsSm90 = kWarpgroup + kWarp;  // the last warp copies
 
 template <int K>
 struct alignas(128) ChainStageSm90 {

@@ -65,7 +65,7 @@ __device__ __forceinline__ Vec<T, N> load_elements(const T* from) {
   }
 }
 
-// N elements of 16 bytes to shared memory; asynchronous if they lie for it.
+// Eight elements of 16 bits to shared memory; asynchronous if they lie for it.
 template <bool kWide, typename T>
 __device__ __forceinline__ void copy_octet(uint4* to, const T* from) {
   if constexpr (kWide)
