@@ -48,6 +48,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture
+def ask_for_hopper_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the emulator, where they have to be asked for; on a GPU they are what runs."""
+    import kit
+
+    if kit.EMULATED:
+        monkeypatch.setenv("KIMI_CUDA_PATH", "sm90")
+
+
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory):
     """The tiny checkpoints of `model_kit.VARIANTS`, transformers' models of them and ours; made on first use, once for all workers."""

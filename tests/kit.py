@@ -34,6 +34,12 @@ HOPPER_KERNELS = EMULATED or (
     torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and os.environ.get("KIMI_CUDA_PATH") != "portable"
 )
 
+# Of a module: its tests run the kernels for Hopper (conftest.py: ask_for_hopper_kernels).
+hopper_kernels = [
+    pytest.mark.skipif(not HOPPER_KERNELS, reason="no Hopper kernels on this device, or KIMI_CUDA_PATH=portable"),
+    pytest.mark.usefixtures("ask_for_hopper_kernels"),
+]
+
 needs_cpu_backend = pytest.mark.skipif(EMULATED, reason="the CPU backend's own promise")
 
 

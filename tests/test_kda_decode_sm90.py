@@ -3,7 +3,7 @@ test_kda_decode.py that launch kernels, once more in the emulator, which must be
 
 import pytest
 import torch
-from kit import EMULATED, HOPPER_KERNELS, assert_same_bits, needs_gpu
+from kit import EMULATED, assert_same_bits, hopper_kernels, needs_gpu
 from test_kda_decode import (  # noqa: F401
     HALF_DTYPES,
     fused_problem,
@@ -25,13 +25,7 @@ from test_kda_decode import (  # noqa: F401
 
 from kimi_native.ops import kda_decode, kda_decode_fused
 
-pytestmark = pytest.mark.skipif(not HOPPER_KERNELS, reason="no Hopper kernels on this device, or KIMI_CUDA_PATH=portable")
-
-
-@pytest.fixture(autouse=True)
-def ask_for_sm90(monkeypatch):
-    if EMULATED:
-        monkeypatch.setenv("KIMI_CUDA_PATH", "sm90")
+pytestmark = hopper_kernels
 
 
 @pytest.mark.parametrize("device, dtype", HALF_DTYPES)

@@ -3,7 +3,7 @@ must be asked for it."""
 
 import pytest
 import torch
-from kit import EMULATED, HOPPER_KERNELS, assert_same_bits, needs_gpu
+from kit import assert_same_bits, hopper_kernels, needs_gpu
 from test_kda_prefill import (  # noqa: F401
     HALF_DTYPES,
     check_against_spec,
@@ -27,19 +27,23 @@ from test_kda_prefill import (  # noqa: F401
 
 from kimi_native.ops import kda_prefill
 
-pytestmark = pytest.mark.skipif(not HOPPER_KERNELS, reason="no Hopper kernels on this device, or KIMI_CUDA_PATH=portable")
-
-
-@pytest.fixture(autouse=True)
-def ask_for_sm90(monkeypatch):
-    if EMULATED:
-        monkeypatch.setenv("KIMI_CUDA_PATH", "sm90")
+pytestmark = hopper_kernels
 
 
 @pytest.mark.parametrize("device, dtype", HALF_DTYPES)
 @pytest.mark.parametrize("heads, value_heads, size", [(1, 3, 64), (1, 1, 128), (1, 2, 128)])
 def test_head_shapes(heads, value_heads, size, dtype, device):
     check_against_spec(problem([5, 70, 0, 64], heads, value_heads, size, size, dtype), device)
+
+
+@needs_gpu
+def test_the_hopper_kernel_runs():
+    """Or all of this file would test the portable one."""
+    args = on("cuda", problem([100], 1, 1, 128, 128, torch.bfloat16))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        kda_prefill(**args)
+        torch.cuda.synchronize()
+    assert any("kda_chain_sm90_kernel" in event.key for event in profile.key_averages())
 
 
 @needs_gpu

@@ -135,8 +135,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- Hints to the L2 cache: which lines to evict first (createpolicy, cache_hint)
-// ------------------------------------
+// ---- Hints to the L2 cache: which lines to evict first (createpolicy, cache_hint) ----------------------------------
 
 __device__ __forceinline__ uint64_t l2_evict_last() {
   uint64_t hint;
