@@ -206,6 +206,13 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
+// x, which the compiler keeps in a register from here on: it would compute it again at each use, from special registers
+// that take long to read.
+__device__ __forceinline__ int keep_in_register(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- Barriers (barrier.sync) ---------------------------------------------------------------------------------------
 
 // Waits for `threads` threads (a multiple of 32) of the block at barrier `id`, 1 to 15; 0 is __syncthreads.

@@ -2,23 +2,21 @@
 //
 // Block = (sequence, value head, slice of 16 kWarps value channels). A warp has 16 rows of the state (values) x all key
 // channels as fp32 accumulators, and needs nothing from the other warps but their share of the copying: rows of the
-// state do not interact. Per chunk, transposed so that every result is the left operand of the next product as it lies:
+// state do not interact. Per chunk, transposed so that every result is the left operand of the next product as it lies
+// (-k, q, kg, T and A_qk are the image's):
 //
-//   v'^T = u^T - S w^T       [16 x 64]
+//   x^T  = v^T - S k^T          [16 x 64]
+//   v'^T = x^T T^T
 //   o^T  = S q^T + v'^T A_qk^T
-//   S    = S D + v'^T kg     [16 x K]
+//   S    = S D + v'^T kg        [16 x K]
 //
-// w, q, kg and A_qk are right operands, read from shared memory in fragment order, 16 bytes a lane; S and v' are
-// rounded to fp16 in registers. The images come through a ring of two or three buffers by cp.async.
+// The right operands are read from shared memory in fragment order, 16 bytes a lane; S, x and v' are rounded to fp16 in
+// registers; v comes from the input. Everything comes through a ring of two or three buffers by cp.async.
 //
-// Range. A chunk is worked on in units of 2^unit: those of its u (0 unless the values are very large or small), or of S
-// if that is larger. Nothing is checked beforehand: v' is not finite in fp16 when anything overflowed, and then the
-// chunk is done again in larger units. If u would drown in those, or the image says so, the chunk's tokens go one after
-// another in fp32 instead (tokens.cuh). All of this is decided per warp, from its own rows: no result depends on
-// kWarps.
+// Range: chain_common.cuh. A chunk is tried in ordinary units first.
 //
-// Bytes: 70 KB of images a chunk and head (55 + 15 / slices). One slice of 64 values: 212 mma a warp and chunk, 53 KB
-// of shared memory read by each warp; 4 warps: 2,200 cycles a chunk of shared memory, 1,400 of tensor cores.
+// Bytes: 59 KB of image and 16 KB of values a chunk and head. One slice of 64 values: 240 mma a warp and chunk, 54 KB
+// of shared memory read by each warp; 4 warps: 2,200 cycles a chunk of shared memory, 1,500 of tensor cores.
 #pragma once
 
 #include "cuda/kda_prefill/chain_common.cuh"
@@ -27,8 +25,8 @@ namespace kimi::cuda {
 
 template <int K, int kWarps>
 struct alignas(128) ChainStage {
-  uint4 u[kWarps][kGroups / 2][kWarp];
-  ChunkFactors<K> factors;
+  ChunkImage<K> image;
+  uint4 v[kChunk][2 * kWarps + 1];  // of the block's values, a token a row; padded so that eight rows hit all banks
 };
 
 template <int K, int kWarps>
@@ -36,11 +34,53 @@ struct ChainShared {
   ChainStage<K, kWarps> stages[1];  // segment.stages of them
 };
 
-// Products with the state: new_values <- u^T - S w^T, out <- S q^T; values are fp16 pairs of tokens (a operands), true
-// if all of them are finite.
+// Not inlined: who calls it where it is hardly ever needed keeps its registers. `rows` are `stride` apart.
+template <typename T>
+__device__ __noinline__ ValueUnits value_units_of(const uint4* rows, int stride) {
+  return choose_value_units<T>([&](int token, int i) { return rows[token * stride + i]; });
+}
+
+// Words of the warp's values as the left operand of a product over tokens: v[x] of tokens 16 x .. + 15.
 template <int K, int kWarps>
-__device__ __forceinline__ bool multiply_state(const ChainStage<K, kWarps>& stage, const float (&s)[K / 8][4], int warp,
-                                               int lane, float u_factor, uint32_t (&new_values)[kGroups / 2][4],
+__device__ __forceinline__ void load_values(const ChainStage<K, kWarps>& stage, int warp, int lane,
+                                            uint32_t (&v)[kGroups / 2][4]) {
+#pragma unroll
+  for (int x = 0; x < kGroups / 2; ++x)
+    ldmatrix_x4_trans(v[x], &stage.v[16 * x + lane / 16 * 8 + lane % 8][2 * warp + lane / 8 % 2]);
+}
+
+// Accumulators to the left operand of a product over their columns.
+__device__ __forceinline__ void round_columns(const float (&from)[kGroups][4], uint32_t (&to)[kGroups / 2][4]) {
+#pragma unroll
+  for (int x = 0; x < kGroups / 2; ++x) {
+    to[x][0] = pack2<Fp16>(from[2 * x][0], from[2 * x][1]);
+    to[x][1] = pack2<Fp16>(from[2 * x][2], from[2 * x][3]);
+    to[x][2] = pack2<Fp16>(from[2 * x + 1][0], from[2 * x + 1][1]);
+    to[x][3] = pack2<Fp16>(from[2 * x + 1][2], from[2 * x + 1][3]);
+  }
+}
+
+// sum += left triangle^T, for T or A_qk.
+__device__ __forceinline__ void multiply_triangle(const uint4 (&triangle)[12][kWarp], int lane,
+                                                  const uint32_t (&left)[kGroups / 2][4], float (&sum)[kGroups][4]) {
+#pragma unroll
+  for (int x = 0; x < kGroups / 2; ++x) {
+#pragma unroll
+    for (int group = 2 * x; group < kGroups; ++group) {
+      const uint4 b = triangle[triangle_entry(group, x / 2)][lane];
+      if (x % 2 == 0)
+        mma_m16n8k16<Fp16>(sum[group], left[x], {b.x, b.y});
+      else
+        mma_m16n8k16<Fp16>(sum[group], left[x], {b.z, b.w});
+    }
+  }
+}
+
+// Products with the state: out <- S q^T, and v' as the left operand of the next products. Values are multiplied by
+// `factor` first.
+template <typename T, int K, int kWarps>
+__device__ __forceinline__ void multiply_state(const ChainStage<K, kWarps>& stage, const float (&s)[K / 8][4], int warp,
+                                               int lane, float factor, uint32_t (&new_values)[kGroups / 2][4],
                                                float (&out)[kGroups][4]) {
   uint32_t state[K / 16][4];
 #pragma unroll
@@ -51,22 +91,21 @@ __device__ __forceinline__ bool multiply_state(const ChainStage<K, kWarps>& stag
     state[x][3] = pack2<Fp16>(s[2 * x + 1][2], s[2 * x + 1][3]);
   }
   float values[kGroups][4];
+  load_values(stage, warp, lane, new_values);
 #pragma unroll
   for (int x = 0; x < kGroups / 2; ++x) {
-    const uint4 words = stage.u[warp][x][lane];
-    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<Fp16>(w[i]);
+      const float2 pair = unpack2<T>(new_values[x][i]);
       values[2 * x + i / 2][2 * (i % 2)] = pair.x;
       values[2 * x + i / 2][2 * (i % 2) + 1] = pair.y;
     }
   }
-  if (u_factor != 1.0f) {
+  if (factor != 1.0f) {
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) values[group][i] *= u_factor;
+      for (int i = 0; i < 4; ++i) values[group][i] *= factor;
     }
   }
 #pragma unroll
@@ -79,48 +118,38 @@ __device__ __forceinline__ bool multiply_state(const ChainStage<K, kWarps>& stag
   for (int j = 0; j < K / 32; ++j) {
 #pragma unroll
     for (int group = 0; group < kGroups; group += 2) {
-      const uint4 w0 = stage.factors.w[group][j][lane], w1 = stage.factors.w[group + 1][j][lane];
-      const uint4 q0 = stage.factors.q[group][j][lane], q1 = stage.factors.q[group + 1][j][lane];
-      mma_m16n8k16<Fp16>(values[group], state[2 * j], {w0.x, w0.y});
-      mma_m16n8k16<Fp16>(values[group + 1], state[2 * j], {w1.x, w1.y});
+      const uint4 k0 = stage.image.k[group][j][lane], k1 = stage.image.k[group + 1][j][lane];
+      const uint4 q0 = stage.image.q[group][j][lane], q1 = stage.image.q[group + 1][j][lane];
+      mma_m16n8k16<Fp16>(values[group], state[2 * j], {k0.x, k0.y});
+      mma_m16n8k16<Fp16>(values[group + 1], state[2 * j], {k1.x, k1.y});
       mma_m16n8k16<Fp16>(out[group], state[2 * j], {q0.x, q0.y});
       mma_m16n8k16<Fp16>(out[group + 1], state[2 * j], {q1.x, q1.y});
-      mma_m16n8k16<Fp16>(values[group], state[2 * j + 1], {w0.z, w0.w});
-      mma_m16n8k16<Fp16>(values[group + 1], state[2 * j + 1], {w1.z, w1.w});
+      mma_m16n8k16<Fp16>(values[group], state[2 * j + 1], {k0.z, k0.w});
+      mma_m16n8k16<Fp16>(values[group + 1], state[2 * j + 1], {k1.z, k1.w});
       mma_m16n8k16<Fp16>(out[group], state[2 * j + 1], {q0.z, q0.w});
       mma_m16n8k16<Fp16>(out[group + 1], state[2 * j + 1], {q1.z, q1.w});
     }
   }
+  round_columns(values, new_values);
 #pragma unroll
-  for (int x = 0; x < kGroups / 2; ++x) {
-    new_values[x][0] = pack2<Fp16>(values[2 * x][0], values[2 * x][1]);
-    new_values[x][1] = pack2<Fp16>(values[2 * x][2], values[2 * x][3]);
-    new_values[x][2] = pack2<Fp16>(values[2 * x + 1][0], values[2 * x + 1][1]);
-    new_values[x][3] = pack2<Fp16>(values[2 * x + 1][2], values[2 * x + 1][3]);
+  for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[group][i] = 0.0f;
   }
-  return __all_sync(kFullWarp, all_finite(new_values));
+  multiply_triangle(stage.image.t, lane, new_values, values);
+  round_columns(values, new_values);
 }
 
 // Products with the new values: out += v'^T A_qk^T, s <- s D + v'^T kg. `rows` gets the output times `factor` in the
-// dtype of memory: of group i, lane 4 g + t the values 4 t .. 4 t + 3 of token g.
+// dtype of memory: of group i, lane 4 g + t the values 2 t, 2 t + 1 and 2 t + 8, 2 t + 9 of token g.
 template <typename T, int K, int kWarps>
 __device__ __forceinline__ void multiply_values(const ChainStage<K, kWarps>& stage, int lane, float factor,
                                                 const uint32_t (&new_values)[kGroups / 2][4], float (&s)[K / 8][4],
                                                 float (&out)[kGroups][4], uint32_t (&rows)[kGroups][2]) {
-#pragma unroll
-  for (int x = 0; x < kGroups / 2; ++x) {
-#pragma unroll
-    for (int group = 2 * x; group < kGroups; ++group) {
-      const uint4 b = stage.factors.a_qk[a_qk_entry(group, x / 2)][lane];
-      if (x % 2 == 0)
-        mma_m16n8k16<Fp16>(out[group], new_values[x], {b.x, b.y});
-      else
-        mma_m16n8k16<Fp16>(out[group], new_values[x], {b.z, b.w});
-    }
-  }
+  multiply_triangle(stage.image.a_qk, lane, new_values, out);
 #pragma unroll
   for (int j = 0; j < K / 32; ++j) {
-    const float* decay = &stage.factors.decay[32 * j + 8 * (lane % 4)];
+    const float* decay = &stage.image.decay[32 * j + 8 * (lane % 4)];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const auto piece = load_vec<float, 4>(decay + 4 * half);
@@ -132,7 +161,7 @@ __device__ __forceinline__ void multiply_values(const ChainStage<K, kWarps>& sta
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const int x = step / (K / 32), j = step % (K / 32);
-    const uint4 low = stage.factors.kg[x][2 * j][lane], high = stage.factors.kg[x][2 * j + 1][lane];
+    const uint4 low = stage.image.kg[x][2 * j][lane], high = stage.image.kg[x][2 * j + 1][lane];
     mma_m16n8k16<Fp16>(s[4 * j], new_values[x], {low.x, low.y});
     mma_m16n8k16<Fp16>(s[4 * j + 1], new_values[x], {low.z, low.w});
     mma_m16n8k16<Fp16>(s[4 * j + 2], new_values[x], {high.x, high.y});
@@ -146,11 +175,34 @@ __device__ __forceinline__ void multiply_values(const ChainStage<K, kWarps>& sta
   }
 }
 
-// SASS: tensor cores, 16-byte loads
+// Writes the rows of the chunk's first `count` tokens; `to` is the first one, at the warp's first value.
+template <typename T>
+__device__ __forceinline__ void write_rows(const uint32_t (&rows)[kGroups][2], T* to, int64_t token_stride, int count,
+                                           bool wide) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  T* row = to + g * token_stride + 2 * t;
+  const int64_t step = kGroup * token_stride;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group, row += step) {
+    if (kGroup * group + g >= count) continue;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (wide) {
+        *reinterpret_cast<uint32_t*>(row + 8 * half) = rows[group][half];
+      } else {
+        const auto values = bits_as<Vec<T, 2>>(rows[group][half]);
+        row[8 * half] = values.x[0];
+        row[8 * half + 1] = values.x[1];
+      }
+    }
+  }
+}
+
+// SASS: tensor cores, 16-byte loads, stack 24 (addresses of what is done once a chunk; registers are full)
 template <typename T, int K, int V, int kWarps>
 __global__ void __launch_bounds__(kWarps* kWarp, 1)
     kda_chain_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
-  using Image = ChunkImage<K, V>;
+  using Image = ChunkImage<K>;
   constexpr int kThreads = kWarps * kWarp;
   auto& shared = shared_memory<ChainShared<K, kWarps>>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -177,34 +229,42 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   }
   const auto rows_of = [&](int of_slot) { return state_rows(p, segment.wide_state, of_slot, head, first_value); };
 
-  // Phase 2: the first images, and the state.
-  const char* next_image =
-      reinterpret_cast<const char*>(&image_of<Image>(segment, first_of_sequence + first, head, p.num_value_heads));
-  const int64_t image_step = static_cast<int64_t>(sizeof(Image)) * p.num_value_heads;
+  // Phase 2: the first images and values, and the state.
+  const T* const values =
+      static_cast<const T*>(p.v) + begin * p.v_token_stride + head * p.v_head_stride + slice * kWarps * 16;
   int next_chunk = first, next_stage = 0;
-  const auto copy_image = [&] {
+  const auto copy_next = [&] {
     if (next_chunk < last) {
-      const auto copy = [&]<int kWords>(uint4* to, const uint4* from) {
-#pragma unroll
-        for (int i = 0; i < kWords / kThreads; ++i)
-          cp_async_16(to + threadIdx.x + i * kThreads, from + threadIdx.x + i * kThreads);
-        constexpr int kLeft = kWords % kThreads;
-        if (static_cast<int>(threadIdx.x) < kLeft)
-          cp_async_16(to + threadIdx.x + kWords - kLeft, from + threadIdx.x + kWords - kLeft);
-      };
-      const Image& image = *reinterpret_cast<const Image*>(next_image);
       auto& stage = shared.stages[next_stage];
-      copy.template operator()<sizeof(stage.u) / 16>(&stage.u[0][0][0], &image.u[slice * kWarps][0][0]);
-      copy.template operator()<sizeof(stage.factors) / 16>(reinterpret_cast<uint4*>(&stage.factors),
-                                                           reinterpret_cast<const uint4*>(&image.factors));
+      const auto* from = reinterpret_cast<const uint4*>(
+          &image_of<Image>(segment, first_of_sequence + next_chunk, head, p.num_value_heads));
+      auto* to = reinterpret_cast<uint4*>(&stage.image);
+      constexpr int kWords = sizeof(Image) / 16;
+#pragma unroll
+      for (int i = 0; i < kWords / kThreads; ++i)
+        cp_async_16(to + threadIdx.x + i * kThreads, from + threadIdx.x + i * kThreads);
+      constexpr int kLeft = kWords % kThreads;
+      if (static_cast<int>(threadIdx.x) < kLeft)
+        cp_async_16(to + threadIdx.x + kWords - kLeft, from + threadIdx.x + kWords - kLeft);
+      // Tokens past the end are zeros.
+      const int count = min(length - next_chunk * kChunk, kChunk);
+      const T* rows = values + static_cast<int64_t>(next_chunk) * kChunk * p.v_token_stride;
+      for (int i = threadIdx.x; i < kChunk * 2 * kWarps; i += kThreads) {
+        const int token = i / (2 * kWarps), octet = i % (2 * kWarps);
+        const bool valid = token < count;
+        const T* row = rows + (valid ? token : 0) * p.v_token_stride + 8 * octet;
+        if (segment.wide_inputs)
+          cp_async_16(&stage.v[token][octet], row, valid);
+        else
+          stage.v[token][octet] = load_octet(row, false, valid);
+      }
     }
     cp_async_commit();
-    next_image += image_step;
     ++next_chunk;
     next_stage = next_stage + 1 == segment.stages ? 0 : next_stage + 1;
   };
 #pragma unroll 1
-  for (int i = 1; i < segment.stages; ++i) copy_image();
+  for (int i = 1; i < segment.stages; ++i) copy_next();
   float s[K / 8][4];
   const bool fresh = first == 0 && p.has_initial_state && !p.has_initial_state[sequence];
   load_state<K / 32>(s, rows_of(slot), K, fresh);
@@ -218,31 +278,29 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
     else
       cp_async_wait<0>();
     __syncthreads();  // the image is there, and everybody is done with the one before
-    copy_image();
+    copy_next();
     const auto& stage = shared.stages[stage_index];
     stage_index = stage_index + 1 == segment.stages ? 0 : stage_index + 1;
     const int count = min(length - chunk * kChunk, kChunk);
     T* const out_of_chunk = out + static_cast<int64_t>(chunk) * kChunk * p.out_token_stride;
 
-    const int exponent = stage.factors.exponent;
-    int unit = exponent == 0 ? 0 : choose_unit<K>(s, exponent);
-    bool exact = stage.factors.exact != 0;
+    ChunkUnits units(stage.image.exact != 0);
     float out_values[kGroups][4];
     uint32_t new_values[kGroups / 2][4];
-    while (!exact) {
-      exact = unit > 0 && unit - exponent > max_unit_gap(exponent);
-      if (exact) break;
+    while (!units.exact) {
+      const int unit = units.unit;
       if (unit != 0) scale_state<K>(s, power_of_two(-unit));
-      if (multiply_state(stage, s, warp, lane, power_of_two(exponent - unit), new_values, out_values)) break;
+      multiply_state<T>(stage, s, warp, lane, power_of_two(-unit), new_values, out_values);
       if (unit != 0) scale_state<K>(s, power_of_two(unit));
-      const int larger = choose_unit<K>(s, exponent);
-      exact = larger <= unit;
-      unit = larger;
+      if (units.accept<K>(magnitude_of(new_values), s,
+                          [&] { return value_units_of<T>(&stage.v[0][2 * warp], 2 * kWarps + 1); }))
+        break;
     }
-    if (!exact) {
+    if (!units.exact) {
       uint32_t rows[kGroups][2];
-      multiply_values<T>(stage, lane, p.scale * power_of_two(unit), new_values, s, out_values, rows);
-      if (unit != 0) scale_state<K>(s, power_of_two(unit));
+      if (units.unit != 0) scale_state<K>(s, power_of_two(-units.unit));
+      multiply_values<T>(stage, lane, p.scale * power_of_two(units.unit), new_values, s, out_values, rows);
+      if (units.unit != 0) scale_state<K>(s, power_of_two(units.unit));
       write_rows(rows, out_of_chunk, p.out_token_stride, count, segment.wide_out);
     } else {
       const int64_t token = begin + static_cast<int64_t>(chunk) * kChunk;

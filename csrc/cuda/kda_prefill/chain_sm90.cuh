@@ -1,28 +1,28 @@
 // K2 of the chunked path on Hopper: chain.cuh with matrix products of whole warpgroups (wgmma).
 //
 // A warpgroup has 64 rows of the state (values) x all key channels as fp32 accumulators, a warp 16 of them, as in
-// chain.cuh. Per chunk, transposed, w, q, kg and A_qk being right operands in shared memory as image_sm90.cuh has them:
+// chain.cuh. Per chunk, transposed, with -k, T, q, kg and A_qk as right operands in shared memory (image_sm90.cuh):
 //
-//   (1) v'^T = u^T - S w^T   (2) o^T = S q^T   (3) S = S D + v'^T kg   (4) o^T += v'^T A_qk^T
+//   (1) x^T = v^T - S k^T   (2) v'^T = x^T T^T   (3) o^T = S q^T   (4) S = S D + v'^T kg   (5) o^T += v'^T A_qk^T
 //
 // Block = (sequence, value head, 64 values), a warpgroup and one more warp, which copies. The blocks of a head are a
 // cluster: each copies its share of the factors to all of them, so that an image leaves the L2 cache once.
 //
-// Time. (1) and (3) depend on each other from chunk to chunk, the others fill the time between: while (1) runs, the
-// output of the chunk before is rounded; while (2) runs, it is written, v' is rounded and checked and the state
-// decayed; while (4) runs, the state is rounded. u^T comes into the accumulators of the next (1) by a product with 1.
-// K = V = 128: 256 + 256 + 256 + 128 + 128 cycles of tensor cores a chunk; but each of the four warps has a scheduler
-// to itself, and its 510 instructions, most of which wait for the one before, take 2,150 cycles: they bound it.
+// Time. (1), (2) and (4) depend on each other from chunk to chunk, the rest fills the time between: while (1) runs, the
+// output of the chunk before is rounded; while (3) runs, v' is rounded and checked and the state decayed; while (4)
+// runs, that output is written and the next v^T comes into the accumulators of (1); while (5) runs, the state is
+// rounded. K = V = 128: 256 + 128 + 256 + 256 + 128 cycles of tensor cores a chunk; each of the four warps has a
+// scheduler to itself, and most of its instructions wait for the one before.
 //
-// Copies. A ring of kChainStages images. Barriers of a stage: full, its bytes have come; empty, the block's warps have
-// read it, and those of the rest of the cluster.
+// Copies. A ring of kChainStages images and values. Barriers of a stage: full, its bytes have come; empty, the block's
+// warps have read it, and those of the rest of the cluster.
 //
-// Range: as in chain.cuh. A warp whose v' is not finite takes part in (3) and (4) with v' = 0 and a state that is not
+// Range: chain_common.cuh. A warp whose v' is not fit takes part in (4) and (5) with v' = 0 and a state that is not
 // decayed, so nothing changes for it; at the end of the chunk the warpgroup learns of it, and careful_chunk() does the
 // chunk again for such warps. The products there are the same, in the same order. (0 times kg must be 0 for that: kg is
 // finite also where nothing else of an image is valid.)
 //
-// Shared memory: kChainStages * 66 KB (K = 128), 33 KB (K = 64) and the barriers.
+// Shared memory: kChainStages * 73 KB (K = 128), 49 KB (K = 64), 8 KB for the output, and the barriers.
 #pragma once
 
 #include "cuda/common/ptx_sm90.h"
@@ -36,20 +36,29 @@ inline constexpr int kChainStages = 3;  // one in use, two on their way: 66 KB e
 inline constexpr int kWarpgroup = 4 * kWarp;
 inline constexpr int kWarpgroupBarrier = 1;
 
-inline constexpr int kChainThreadsSm90 = kWarpgroup + kWarp;  // the last warp copies
+inline constexpr int kChainThreadsSm90 =
+    kWarpgroup + 2 * kWarp;  // the last two warps copy to shared memory, and from it
+
+// 64 values of each token of a chunk.
+struct ValueRows {
+  static constexpr int kOctets = 9;  // one unused, so that an octet of eight tokens is in all banks
+  uint4 octets[kChunk][kOctets];
+  __device__ __forceinline__ static int place(int token, int octet) { return kOctets * token + octet; }
+};
 
 template <int K>
 struct alignas(128) ChainStageSm90 {
   ChunkFactorsSm90<K> factors;
   ChunkHeaderSm90<K> header;
-  uint4 u[4][kGroups / 2][kWarp];  // of the block's values
+  ValueRows v;  // of the block's values, zeros past the last token; then the output
 };
 
 template <int K>
 struct ChainSharedSm90 {
   ChainStageSm90<K> stages[kChainStages];
-  uint4 identity[kGroups][kGroups][kGroup];  // of 64 tokens, as a right operand: [row group][column group][row]
-  uint64_t full[kChainStages], empty[kChainStages];
+  float ones[K];                 // a decay that changes nothing
+  int has_output[kChainStages];  // whether a stage that is empty has the output in the place of the values
+  uint64_t full[kChainStages], empty[kChainStages], written[kChainStages];
 };
 
 // Between the order of channels in load_state() (lane t of a quad has channels 8 t + 2 x, + 1 of a block of 32 in s[x])
@@ -76,8 +85,8 @@ __device__ __forceinline__ void transpose_quads(float (&s)[K / 8][4]) {
   }
 }
 
-// Accumulators are read only after the wait for them, and what is computed between two waits is not put off: the
-// compiler would move either.
+// Accumulators are read only after the wait for them, and operands are ready before the first product: the compiler
+// would move either.
 template <typename Word, int N>
 __device__ __forceinline__ void wgmma_results(Word (&d)[N][4]) {
 #pragma unroll
@@ -89,15 +98,20 @@ template <typename T, int K>
 struct ChainWarp {
   using Stage = ChainStageSm90<K>;
 
-  float s[K / 8][4];                    // the state: rows g, g + 8 of the warp's 16, channels 8 i + 2 t, + 1
-  uint32_t state[K / 16][4];            // in fp16, as left operand
-  float values[kGroups][4];             // v'^T
-  uint32_t new_values[kGroups / 2][4];  // in fp16, as left operand
-  float out[kGroups][4];                // o^T
-  uint32_t rows[kGroups][2];            // the same in 16 bits
+  float s[K / 8][4];                 // the state: rows g, g + 8 of the warp's 16, channels 8 i + 2 t, + 1
+  uint32_t state[K / 16][4];         // in fp16, as left operand
+  float values[kGroups][4];          // v^T, x^T, v'^T
+  uint32_t operand[kGroups / 2][4];  // the latter two in fp16, as left operand
+  float out[kGroups][4];             // o^T
 
-  __device__ __forceinline__ static int warp() { return threadIdx.x / kWarp; }
-  __device__ __forceinline__ static int lane() { return threadIdx.x % kWarp; }
+  int lane;
+  int matrix_place;  // for ldmatrix and stmatrix, in the first 16 rows of ValueRows, at the warp's 16 values
+
+  __device__ __forceinline__ ChainWarp() {
+    const int warp = threadIdx.x / kWarp;
+    lane = keep_in_register(threadIdx.x % kWarp);
+    matrix_place = keep_in_register(ValueRows::place(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
+  }
 
   // state <- S * factor.
   __device__ __forceinline__ void round_state(float factor) {
@@ -111,114 +125,116 @@ struct ChainWarp {
     }
   }
 
-  // values <- u^T * factor.
-  __device__ __forceinline__ void start_values(const Stage& stage, float factor) {
+  // values <- v^T.
+  __device__ __forceinline__ void start_values(const Stage& stage) {
 #pragma unroll
     for (int x = 0; x < kGroups / 2; ++x) {
-      const uint4 words = stage.u[warp()][x][lane()];
-      const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+      uint32_t v[4];
+      ldmatrix_x4_trans(v, &stage.v.octets[16 * x][matrix_place]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack2<Fp16>(w[i]);
-        values[2 * x + i / 2][2 * (i % 2)] = pair.x * factor;
-        values[2 * x + i / 2][2 * (i % 2) + 1] = pair.y * factor;
+        const float2 pair = unpack_pair<T>(v[i]);
+        values[2 * x + i / 2][2 * (i % 2)] = pair.x;
+        values[2 * x + i / 2][2 * (i % 2) + 1] = pair.y;
       }
     }
   }
 
-  // values <- u^T, by a product with 1: the tensor cores have time, the warps do not.
-  __device__ __forceinline__ void multiply_one(const Stage& stage, const uint4* identity) {
-    const uint64_t one = wgmma_descriptor<false>(identity, 128, 128 * kGroups);
-    uint32_t u[kGroups / 2][4];
-#pragma unroll
-    for (int x = 0; x < kGroups / 2; ++x) {
-      const uint4 words = stage.u[warp()][x][lane()];
-      u[x][0] = words.x;
-      u[x][1] = words.y;
-      u[x][2] = words.z;
-      u[x][3] = words.w;
-    }
+  // (1): values -= S k^T
+  __device__ __forceinline__ void multiply_k(const Stage& stage) {
+    const uint64_t k = wgmma_descriptor<false>(stage.factors.k, 128, 16 * K);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < kGroups / 2; ++x) wgmma_m64n64k16<false>(values, u[x], one + 16 * x, x > 0);
+    for (int x = 0; x < K / 16; ++x) wgmma_tiles<false, kGroups>(values, state[x], k + 16 * x, true);
     wgmma_commit();
   }
 
-  // (1): values -= S w^T
-  __device__ __forceinline__ void multiply_w(const Stage& stage) {
-    const uint64_t w = wgmma_descriptor<false>(stage.factors.w, 128, 16 * K);
+  // (2): values <- x^T T^T
+  __device__ __forceinline__ void multiply_t(const Stage& stage) {
+    const uint64_t t = wgmma_descriptor<true>(stage.factors.t, 128 * kGroups, 128);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(values, state[x], w + 16 * x, true);
+    for (int x = 0; x < kGroups / 2; ++x) wgmma_tiles<true, kGroups>(values, operand[x], t + 16 * kGroups * x, x > 0);
     wgmma_commit();
   }
 
-  // (2): out <- S q^T
+  // (5): out += v'^T A_qk^T
+  __device__ __forceinline__ void multiply_a_qk(const Stage& stage) {
+    const uint64_t a_qk = wgmma_descriptor<false>(stage.factors.a_qk, 128 * kGroups, 128);
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) wgmma_tiles<false, kGroups>(out, operand[x], a_qk + 16 * kGroups * x, true);
+    wgmma_commit();
+  }
+
+  // (3): out <- S q^T
   __device__ __forceinline__ void multiply_q(const Stage& stage) {
     const uint64_t q = wgmma_descriptor<false>(stage.factors.q, 128, 16 * K);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(out, state[x], q + 16 * x, x > 0);
+    for (int x = 0; x < K / 16; ++x) wgmma_tiles<false, kGroups>(out, state[x], q + 16 * x, x > 0);
     wgmma_commit();
   }
 
-  // (3): S += v'^T kg
+  // (4): S += v'^T kg
   __device__ __forceinline__ void multiply_kg(const Stage& stage) {
     const uint64_t kg = wgmma_descriptor<true>(stage.factors.kg, 16 * K, 128);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < kGroups / 2; ++x) {
-      if constexpr (K == 128)
-        wgmma_m64n128k16<true>(s, new_values[x], kg + 2 * K * x, true);
-      else
-        wgmma_m64n64k16<true>(s, new_values[x], kg + 2 * K * x, true);
-    }
+    for (int x = 0; x < kGroups / 2; ++x) wgmma_tiles<true, K / 8>(s, operand[x], kg + 2 * K * x, true);
     wgmma_commit();
   }
 
-  // (4): out += v'^T A_qk^T
-  __device__ __forceinline__ void multiply_a_qk(const Stage& stage) {
-    const uint64_t a_qk = wgmma_descriptor<false>(stage.factors.a_qk, 128, 128 * kGroups);
-#pragma unroll
-    for (int x = 0; x < kGroups / 2; ++x) wgmma_m64n64k16<false>(out, new_values[x], a_qk + 16 * x, true);
-    wgmma_commit();
-  }
-
-  // new_values <- v'; true if all of the warp's are finite.
-  __device__ __forceinline__ bool round_values() {
+  // operand <- values.
+  __device__ __forceinline__ void round_values() {
 #pragma unroll
     for (int x = 0; x < kGroups / 2; ++x) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float (&from)[4] = values[2 * x + i / 2];
-        new_values[x][i] = pack2<Fp16>(from[2 * (i % 2)], from[2 * (i % 2) + 1]);
+        operand[x][i] = pack2<Fp16>(from[2 * (i % 2)], from[2 * (i % 2) + 1]);
       }
     }
-    return __all_sync(kFullWarp, all_finite(new_values));
+  }
+  __device__ __forceinline__ void clear_operand() {
+#pragma unroll
+    for (int i = 0; i < 4 * (kGroups / 2); ++i) operand[i / 4][i % 4] = 0;
   }
 
   // S *= D
-  __device__ __forceinline__ void decay_state(const Stage& stage) {
-    const float* decay = &stage.header.decay[2 * (threadIdx.x % 4)];
+  __device__ __forceinline__ void decay_state(const float* decay) {
+    decay += 4 * (lane % 4);
 #pragma unroll
-    for (int i = 0; i < K / 8; ++i) {
-      const auto pair = load_vec<float, 2>(decay + 8 * i);
+    for (int i = 0; i < K / 16; ++i) {
+      const auto four = load_vec<float, 4>(decay + 16 * i);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[i][e] *= pair.x[e % 2];
+      for (int e = 0; e < 8; ++e) s[2 * i + e / 4][e % 4] *= four.x[e / 4 * 2 + e % 2];
     }
   }
 
-  // rows <- the output times `factor`, in the dtype of memory.
-  __device__ __forceinline__ void round_out(float factor) {
+  // rows <- the output times `factor`, in the dtype of memory; the warp's columns.
+  __device__ __forceinline__ void round_out(float factor, ValueRows& rows) const {
 #pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i)
-      rows[i / 2][i % 2] = pack2<T>(out[i / 2][2 * (i % 2)] * factor, out[i / 2][2 * (i % 2) + 1] * factor);
+    for (int x = 0; x < kGroups / 2; ++x) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&from)[4] = out[2 * x + i / 2];
+        words[i] = pack2<T>(from[2 * (i % 2)] * factor, from[2 * (i % 2) + 1] * factor);
+      }
+      stmatrix_x4_trans(&rows.octets[16 * x][matrix_place], words);
+    }
+    __syncwarp();
   }
-  // The rows to memory: the chunk's first `count` tokens, `to` being the first, at the warp's values.
-  __device__ __forceinline__ void write_out(T* to, int64_t token_stride, int count, bool wide) {
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) rows[i / 2][i % 2] = movmatrix_trans(rows[i / 2][i % 2]);
-    write_rows(rows, to, token_stride, count, wide);
+  // The same to memory: the chunk's first `count` tokens, `to` being the first, at the warp's values.
+  __device__ __forceinline__ void write_out(float factor, ValueRows& rows, T* to, int64_t token_stride, int count,
+                                            bool wide) const {
+    round_out(factor, rows);
+#pragma unroll 1
+    for (int token = lane / 2; token < count; token += kWarp / 2) {
+      const int octet = lane % 2;
+      store_octet(to + token * token_stride + 8 * octet, rows.octets[token][2 * (threadIdx.x / kWarp) + octet], wide);
+    }
+    __syncwarp();
   }
 
   __device__ __forceinline__ void load(const StateRows& rows, bool zeros) {
@@ -240,42 +256,46 @@ struct ChainTask {
   int first, last;                  // chunks of the sequence that are in the segment: [first, last)
 };
 
-// A chunk with units, or whose v' some warp of the warpgroup found not finite (chain.cuh, "Range"), for the warps that
-// have not done it yet; out is written.
+// A chunk whose v' some warp of the warpgroup found not fit, or that goes token by token, for the warps that have not
+// done it yet; their output is written.
 template <typename T, int K>
 __device__ __forceinline__ void careful_chunk(ChainWarp<T, K>& x, const KdaPrefillParams& p, const Segment& segment,
-                                              const ChainTask& task, const ChainStageSm90<K>& stage, int chunk,
+                                              const ChainTask& task, ChainStageSm90<K>& stage, int chunk,
                                               T* out_of_chunk, bool done) {
-  const int exponent = stage.header.exponent;
   const int count = min(task.length - chunk * kChunk, kChunk);
-  bool exact = stage.header.exact != 0;
-  if (!exact) {  // the same for the whole block
-    int unit = exponent == 0 ? 0 : choose_unit<K>(x.s, exponent);
+  ChunkUnits units(stage.header.exact != 0);
+  if (!units.exact) {  // the same for the whole block
     bool again;
     do {
-      exact = exact || (unit > 0 && unit - exponent > max_unit_gap(exponent));
-      const bool idle = exact || done;
-      x.round_state(idle ? 0.0f : power_of_two(-unit));
-      x.start_values(stage, idle ? 0.0f : power_of_two(exponent - unit));
-      x.multiply_w(stage);
+      const bool idle = units.exact || done;
+      const float factor = idle ? 0.0f : power_of_two(-units.unit);
+      x.round_state(factor);
+      x.start_values(stage);
+#pragma unroll
+      for (int i = 0; i < 4 * kGroups; ++i) x.values[i / 4][i % 4] *= factor;
+      x.multiply_k(stage);
       wgmma_wait<0>();
       wgmma_results(x.values);
-      again = false;
-      if (!x.round_values() && !idle) {
-        const int larger = choose_unit<K>(x.s, exponent);
-        exact = larger <= unit;
-        unit = larger;
-        again = true;
-      }
+      x.round_values();
+      x.multiply_t(stage);
+      wgmma_wait<0>();
+      wgmma_results(x.values);
+      x.round_values();
+      const Magnitude magnitude = magnitude_of(x.operand);
+      const auto value_units = [&] {
+        return choose_value_units<T>(
+            [&](int token, int i) { return stage.v.octets[token][2 * (threadIdx.x / kWarp) + i]; });
+      };
+      again = !idle && !units.template accept<K>(magnitude, x.s, value_units) && !units.exact;
     } while (barrier_or(kWarpgroupBarrier, kWarpgroup, again));
 
     // The products are the warpgroup's. To a warp that does not want them v' is 0, and its state stays as it is.
-    if (exact || done) {
-#pragma unroll
-      for (int i = 0; i < 4 * (kGroups / 2); ++i) x.new_values[i / 4][i % 4] = 0;
+    const bool idle = units.exact || done;
+    if (idle) {
+      x.clear_operand();
     } else {
-      scale_state<K>(x.s, power_of_two(-unit));
-      x.decay_state(stage);
+      scale_state<K>(x.s, power_of_two(-units.unit));
+      x.decay_state(stage.header.decay);
     }
     x.multiply_q(stage);
     x.multiply_kg(stage);
@@ -283,13 +303,13 @@ __device__ __forceinline__ void careful_chunk(ChainWarp<T, K>& x, const KdaPrefi
     wgmma_wait<0>();
     wgmma_results(x.s);
     wgmma_results(x.out);
-    if (!exact && !done) {
-      scale_state<K>(x.s, power_of_two(unit));
-      x.round_out(p.scale * power_of_two(unit));
-      x.write_out(out_of_chunk, p.out_token_stride, count, segment.wide_out);
+    if (!idle) {
+      scale_state<K>(x.s, power_of_two(units.unit));
+      x.write_out(p.scale * power_of_two(units.unit), stage.v, out_of_chunk, p.out_token_stride, count,
+                  segment.wide_out);
     }
   }
-  if (exact && !done) {
+  if (units.exact && !done) {
     const int64_t token = task.begin + static_cast<int64_t>(chunk) * kChunk;
     transpose_quads<K>(x.s);
     run_tokens<T, K / 32>(TokenReader<T, K / 32>(p, task.head, task.first_value), token, token + count, x.s);
@@ -299,13 +319,12 @@ __device__ __forceinline__ void careful_chunk(ChainWarp<T, K>& x, const KdaPrefi
 
 // The ring of images, as one of the warps sees it that read it, or the one that copies: it is at stage `index`, which
 // is used for the even or odd time (`parity`).
-template <int K, int V>
+template <typename T, int K, int V>
 struct ChainRing {
   using Shared = ChainSharedSm90<K>;
-  using Image = ChunkImageSm90<K, V>;
+  using Image = ChunkImageSm90<K>;
   static constexpr int kCluster = V / 64;
-  static constexpr uint32_t kShare = sizeof(ChunkFactorsSm90<K>) / kCluster;
-  static constexpr uint32_t kHeader = sizeof(ChunkHeaderSm90<K>), kValues = sizeof(Shared::stages[0].u);
+  static constexpr uint32_t kShare = sizeof(ChunkFactorsSm90<K>) / kCluster, kHeader = sizeof(ChunkHeaderSm90<K>);
   static_assert(kShare % 16 == 0 && kShare * kCluster == sizeof(ChunkFactorsSm90<K>) && kHeader % 16 == 0);
 
   Shared& shared;
@@ -314,62 +333,105 @@ struct ChainRing {
   __device__ __forceinline__ explicit ChainRing(Shared& shared) : shared(shared) {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kChainStages; ++i) {
-        mbarrier_init(&shared.full[i], 1);
+        mbarrier_init(&shared.full[i], 2);  // the copying warp, before and after it stored the values
         mbarrier_init(&shared.empty[i], kWarpgroup / kWarp * kCluster);
+        mbarrier_init(&shared.written[i], 1);
       }
       mbarrier_init_fence();
     }
-    for (int i = threadIdx.x; i < kChunk * kGroups; i += kChainThreadsSm90) {
-      const int row = i / kGroups, group = i % kGroups;
-      uint32_t words[4];
-      for (int w = 0; w < 4; ++w)
-        words[w] = row / kGroup == group && row % kGroup / 2 == w ? (row % 2 == 0 ? 0x3c00u : 0x3c000000u) : 0u;
-      shared.identity[row / kGroup][group][row % kGroup] = make_uint4(words[0], words[1], words[2], words[3]);
-    }
-    async_proxy_fence();
+    for (int i = threadIdx.x; i < K; i += kChainThreadsSm90) shared.ones[i] = 1.0f;
     if constexpr (kCluster > 1)
       cluster_sync();
     else
       __syncthreads();
   }
 
-  // One thread of the block copies all images, image_of_chunk(i) being the i-th: its share of the factors to all blocks
-  // of the cluster.
+  // A warp of the block brings all images, image_of_chunk(i) being the i-th, its share of the factors to all blocks of
+  // the cluster; and the values: of `length` tokens, the first at `values`, at the block's.
   template <typename ImageOfChunk>
-  __device__ __forceinline__ void copy_all(int count, ImageOfChunk&& image_of_chunk) {
+  __device__ __forceinline__ void copy_all(int count, ImageOfChunk&& image_of_chunk, const T* values,
+                                           int64_t token_stride, int length, bool wide) {
+    // A lane has octet lane % 8 of tokens 4 n + lane / 8.
+    const int lane = threadIdx.x % kWarp, token = lane / 8, octet = lane % 8;
+    const T* from = values + token * token_stride + 8 * octet;
+    const int64_t step = 4 * token_stride;
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      const Image& image = image_of_chunk(i);
+    for (int i = 0; i < count; ++i, length -= kChunk) {
       auto& stage = shared.stages[index];
       uint64_t* const full = &shared.full[index];
-      if (i >= kChainStages) mbarrier_wait(&shared.empty[index], parity ^ 1);
-      mbarrier_arrive_expect_tx(full, kShare * kCluster + kHeader + kValues);
-      if constexpr (kCluster > 1) {
-        const int rank = cluster_rank();
-        bulk_copy_multicast(reinterpret_cast<char*>(&stage.factors) + kShare * rank,
-                            reinterpret_cast<const char*>(&image.factors) + kShare * rank, kShare, full,
-                            (1 << kCluster) - 1);
-        bulk_copy(&stage.header, &image.header, kHeader, full);
-        bulk_copy(stage.u, image.u[4 * rank], kValues, full);
+      uint4 v[kChunk / 4];  // under way while the stage is still in use
+      if (wide && length >= kChunk) {
+#pragma unroll
+        for (int n = 0; n < kChunk / 4; ++n, from += step) v[n] = *reinterpret_cast<const uint4*>(from);
       } else {
-        bulk_copy(&stage.factors, &image.factors, kShare, full);
-        bulk_copy(&stage.header, &image.header, kHeader, full);
-        bulk_copy(stage.u, image.u, kValues, full);
+#pragma unroll
+        for (int n = 0; n < kChunk / 4; ++n, from += step) v[n] = load_octet(from, wide, 4 * n + token < length);
       }
+      if (i >= kChainStages) mbarrier_wait(&shared.empty[index], parity ^ 1);
+      if (lane == 0) {
+        const Image& image = image_of_chunk(i);
+        mbarrier_arrive_expect_tx(full, kShare * kCluster + kHeader);
+        if constexpr (kCluster > 1) {
+          const int rank = cluster_rank();
+          bulk_copy_multicast(reinterpret_cast<char*>(&stage.factors) + kShare * rank,
+                              reinterpret_cast<const char*>(&image.factors) + kShare * rank, kShare, full,
+                              (1 << kCluster) - 1);
+        } else {
+          bulk_copy(&stage.factors, &image.factors, kShare, full);
+        }
+        bulk_copy(&stage.header, &image.header, kHeader, full);
+      }
+      __syncwarp();
+      if (i >= kChainStages) mbarrier_wait(&shared.written[index], parity ^ 1);
+#pragma unroll
+      for (int n = 0; n < kChunk / 4; ++n) stage.v.octets[4 * n + token][octet] = v[n];
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(full);
       advance();
     }
   }
 
-  __device__ __forceinline__ const auto& stage() const { return shared.stages[index]; }
+  // Another warp writes the output: of `length` tokens, the first at `out`, at the block's values.
+  __device__ __forceinline__ void write_all(int count, T* out, int64_t token_stride, int length, bool wide) {
+    const int lane = threadIdx.x % kWarp, token = lane / 8, octet = lane % 8;
+    T* to = out + token * token_stride + 8 * octet;
+    const int64_t step = 4 * token_stride;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i, length -= kChunk) {
+      mbarrier_wait(&shared.empty[index], parity);
+      const auto& rows = shared.stages[index].v;
+      if (wide && length >= kChunk && shared.has_output[index]) {
+        uint4 words[kChunk / 4];
+#pragma unroll
+        for (int n = 0; n < kChunk / 4; ++n) words[n] = rows.octets[4 * n + token][octet];
+#pragma unroll
+        for (int n = 0; n < kChunk / 4; ++n, to += step) *reinterpret_cast<uint4*>(to) = words[n];
+      } else {
+        const int end = shared.has_output[index] ? length : 0;
+#pragma unroll 1
+        for (int n = 0; n < kChunk / 4; ++n, to += step) {
+          if (4 * n + token < end) store_octet(to, rows.octets[4 * n + token][octet], wide);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(&shared.written[index]);
+      advance();
+    }
+  }
+
+  __device__ __forceinline__ auto& stage() const { return shared.stages[index]; }
+  // The one before, for rare work: the compiler would keep addresses of the usual work in registers for it.
+  __device__ __forceinline__ auto& stage_behind_anew() const { return shared.stages[keep_in_register(behind())]; }
   __device__ __forceinline__ void wait() { mbarrier_wait(&shared.full[index], parity); }
-  // The warp is done with the stage before the present one.
-  __device__ __forceinline__ void release_behind() {
-    __syncwarp();  // one lane arrives for what all have read
-    uint64_t* const empty = &shared.empty[index == 0 ? kChainStages - 1 : index - 1];
-    const int lane = threadIdx.x % kWarp;
+  // The warp is done with the stage before the present one, and its output is there, or not.
+  __device__ __forceinline__ void release_behind(int lane, bool has_output) {
+    if (threadIdx.x == 0) shared.has_output[behind()] = has_output;
+    __syncwarp();  // one lane arrives for what all have read and written
+    uint64_t* const empty = &shared.empty[behind()];
     if (lane == 0) mbarrier_arrive(empty);
     if (lane > 0 && lane < kCluster) mbarrier_arrive_cluster(empty, (static_cast<int>(blockIdx.x) + lane) % kCluster);
   }
+  __device__ __forceinline__ int behind() const { return index == 0 ? kChainStages - 1 : index - 1; }
   __device__ __forceinline__ void advance() {
     if (++index == kChainStages) index = 0, parity ^= 1;
   }
@@ -378,87 +440,80 @@ struct ChainRing {
 // Phase 3 of a warp of the warpgroup: the state, through the chunks.
 template <typename T, int K, int V>
 __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segment& segment, const ChainTask& task,
-                                           ChainRing<K, V>& ring, int slot) {
+                                           ChainRing<T, K, V>& ring, int slot) {
+  const auto& shared = ring.shared;
   const auto rows_of = [&](int of_slot) {
     return state_rows(p, segment.wide_state, of_slot, task.head, task.first_value);
   };
+  ChainWarp<T, K> x;
   T* out = static_cast<T*>(p.out) + (task.begin + static_cast<int64_t>(task.first) * kChunk) * p.out_token_stride +
            task.head * p.out_head_stride + task.first_value;  // of the chunk
-  ChainWarp<T, K> x;
   x.load(rows_of(slot), task.first == 0 && p.has_initial_state && !p.has_initial_state[task.sequence]);
   x.round_state(1.0f);
   ring.wait();
-  x.multiply_one(ring.stage(), &ring.shared.identity[0][0][0]);
+  x.start_values(ring.stage());
+  x.multiply_k(ring.stage());
+  wgmma_wait<0>();
+  wgmma_results(x.values);
 
-  bool behind = false;  // the output of the chunk before is in x.out, not yet written
 #pragma unroll 1
   for (int chunk = task.first; chunk < task.last; ++chunk, out += kChunk * p.out_token_stride) {
-    const auto& stage = ring.stage();
-    x.multiply_w(stage);
-    wgmma_wait<1>();  // waits for nothing: tells the compiler that only the products above are under way
-    if (behind) x.round_out(p.scale);
+    auto& stage = ring.stage();
+    x.round_values();
+    x.multiply_t(stage);
     x.multiply_q(stage);
-    const bool special = stage.header.exponent != 0 || stage.header.exact != 0;
-    if (behind) x.write_out(out - kChunk * p.out_token_stride, p.out_token_stride, kChunk, segment.wide_out);
     wgmma_wait<1>();
     wgmma_results(x.values);
-    const bool plain = x.round_values() && !special;
-    if (plain) {
-      x.decay_state(stage);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4 * (kGroups / 2); ++i) x.new_values[i / 4][i % 4] = 0;
-    }
+    x.round_values();
+    const bool plain = magnitude_of(x.operand) == Magnitude::kFit;
+    x.decay_state(plain ? stage.header.decay : shared.ones);
+    if (!plain) x.clear_operand();
+    wgmma_results(x.operand);
     x.multiply_kg(stage);
     x.multiply_a_qk(stage);
-    behind = !barrier_or(kWarpgroupBarrier, kWarpgroup, !plain);
+    const bool all_plain = !barrier_or(kWarpgroupBarrier, kWarpgroup, !plain);
     ring.advance();
     if (chunk + 1 < task.last) ring.wait();
-    x.multiply_one(ring.stage(), &ring.shared.identity[0][0][0]);
-    wgmma_wait<2>();
+    x.start_values(ring.stage());  // behind the last chunk nobody wants them, nor the product below
+    wgmma_wait<1>();
     wgmma_results(x.s);
-    x.round_state(1.0f);
-    wgmma_results(x.state);
-    wgmma_wait<0>();
-    wgmma_results(x.out);
-    wgmma_results(x.values);
-    if (!behind) {
-      if (plain) {
-        x.round_out(p.scale);
-        x.write_out(out, p.out_token_stride, min(task.length - chunk * kChunk, kChunk), segment.wide_out);
-      }
-      careful_chunk(x, p, segment, task, stage, chunk, out, plain);
-      x.round_state(1.0f);
-      x.multiply_one(ring.stage(), &ring.shared.identity[0][0][0]);
+    if (!all_plain) [[unlikely]] {
       wgmma_wait<0>();
-      wgmma_results(x.values);
+      wgmma_results(x.out);
+      auto& stage_anew = ring.stage_behind_anew();
+      if (plain)
+        x.write_out(p.scale, stage_anew.v, out, p.out_token_stride, min(task.length - chunk * kChunk, kChunk),
+                    segment.wide_out);
+      careful_chunk(x, p, segment, task, stage_anew, chunk, out, plain);
+      x.start_values(ring.stage());
     }
-    ring.release_behind();
-    if (chunk < p.num_snapshots && task.length - chunk * kChunk >= kChunk) {
+    x.round_state(1.0f);
+    x.multiply_k(ring.stage());
+    wgmma_wait<1>();
+    wgmma_results(x.out);
+    if (all_plain) x.round_out(p.scale, stage.v);
+    ring.release_behind(x.lane, all_plain);
+    if (chunk < p.num_snapshots && task.length - chunk * kChunk >= kChunk) [[unlikely]] {
       const int to = p.snapshot_slots[task.sequence * p.num_snapshots + chunk];
       if (to >= 0) x.store(rows_of(to));
     }
+    wgmma_wait<0>();
+    wgmma_results(x.values);
   }
 
-  // Phase 4: the last output; the state, for the next segment or the caller.
-  if (behind) {
-    x.round_out(p.scale);
-    x.write_out(out - kChunk * p.out_token_stride, p.out_token_stride,
-                min(task.length - (task.last - 1) * kChunk, kChunk), segment.wide_out);
-  }
+  // Phase 4: the state, for the next segment or the caller.
   x.store(rows_of(slot));
 }
 
 template <typename T, int K, int V>
 __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segment& segment) {
-  using Ring = ChainRing<K, V>;
+  using Ring = ChainRing<T, K, V>;
   auto& shared = shared_memory<ChainSharedSm90<K>>();
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarp, 0);
   const int slice = static_cast<int>(blockIdx.x) % Ring::kCluster;
 
-  // Phase 1: which of the sequence's chunks are in this segment.
-  grid_dependency_wait();
-  grid_launch_dependents();
+  // Phase 1: which of the sequence's chunks are in this segment. What the kernels in front write is not read yet.
+  Ring ring(shared);
   ChainTask task;
   task.sequence = static_cast<int>(blockIdx.x) / Ring::kCluster;
   task.head = static_cast<int>(blockIdx.y);
@@ -468,31 +523,38 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
   task.first_of_sequence = first_chunk(p.cu_seqlens, task.sequence);
   task.first = max(segment.first - task.first_of_sequence, 0);
   task.last = min(segment.first + segment.count - task.first_of_sequence, ceil_div(task.length, kChunk));
-  if (task.length <= 0 || task.first >= task.last) return;
-  const bool copies = warp == kWarpgroup / kWarp;
   const int slot = p.slots[task.sequence];
+  grid_dependency_wait();
+  grid_launch_dependents();
+  if (task.length <= 0 || task.first >= task.last) return;
+  constexpr int kCopies = kWarpgroup / kWarp;  // the warp that does
   if (slot < 0) {
-    if (copies) return;
+    if (warp >= kCopies) return;
     T* const out =
         static_cast<T*>(p.out) + task.begin * p.out_token_stride + task.head * p.out_head_stride + task.first_value;
-    const uint32_t zeros[kGroups][2] = {};
-    for (int chunk = task.first; chunk < task.last; ++chunk) {
-      write_rows(zeros, out + static_cast<int64_t>(chunk) * kChunk * p.out_token_stride, p.out_token_stride,
-                 min(task.length - chunk * kChunk, kChunk), segment.wide_out);
-    }
+    const int lane = threadIdx.x % kWarp, end = min(task.length, task.last * kChunk);
+    for (int token = task.first * kChunk + lane / 2; token < end; token += kWarp / 2)
+      store_octet(out + token * p.out_token_stride + 8 * (lane % 2), make_uint4(0, 0, 0, 0), segment.wide_out);
     return;
   }
 
-  // Phase 2: the ring.
-  Ring ring(shared);
-  if (copies) {
-    if (threadIdx.x % kWarp == 0) {
-      ring.copy_all(task.last - task.first, [&](int i) -> const auto& {
-        return image_of<typename Ring::Image>(segment, task.first_of_sequence + task.first + i, task.head,
-                                              p.num_value_heads);
-      });
-    }
-    __syncwarp();
+  // Phase 2: everybody to his place.
+  const int count = task.last - task.first, length = task.length - task.first * kChunk;
+  const int64_t first_token = task.begin + static_cast<int64_t>(task.first) * kChunk;
+  if (warp == kCopies) {
+    const T* const values =
+        static_cast<const T*>(p.v) + first_token * p.v_token_stride + task.head * p.v_head_stride + 64 * slice;
+    ring.copy_all(
+        count,
+        [&](int i) -> const auto& {
+          return image_of<typename Ring::Image>(segment, task.first_of_sequence + task.first + i, task.head,
+                                                p.num_value_heads);
+        },
+        values, p.v_token_stride, length, segment.wide_inputs);
+  } else if (warp > kCopies) {
+    T* const out =
+        static_cast<T*>(p.out) + first_token * p.out_token_stride + task.head * p.out_head_stride + 64 * slice;
+    ring.write_all(count, out, p.out_token_stride, length, segment.wide_out);
   } else {
     run_chunks<T, K, V>(p, segment, task, ring, slot);
   }

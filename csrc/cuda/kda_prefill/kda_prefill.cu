@@ -22,9 +22,9 @@ namespace {
 // often.
 constexpr int64_t kSegmentBytes = int64_t{384} << 20;
 // Of a segment whose second kernel leaves multiprocessors idle: short, so that the kernels of different segments
-// overlap. 512 and 1,024 (images would stay in the L2 cache) were measured to be slower by 28 % and 7 %: the second
-// kernel loads and stores the state in each segment, and the first has no blocks left at its end.
-constexpr int64_t kOverlappedImages = 2048;
+// overlap, but the second one loses about 10 us at each of their ends. Measured: 512, 1,024 and 2,048 are slower by 20
+// %, 7 % and 2 %.
+constexpr int64_t kOverlappedImages = 3072;
 // How far the first kernel looks ahead for inputs (measured: 128 and 256 are alike; 512, a whole wave of blocks,
 // loses).
 constexpr int kPrefetchTokens = 128;
@@ -120,7 +120,7 @@ struct Plan {
   explicit Plan(const KdaPrefillParams& p) {
     const int64_t image_bytes =
         p.num_value_heads * dispatch_head(p, [&]<int K>() {
-          return static_cast<int64_t>(use_sm90() ? sizeof(ChunkImageSm90<K, K>) : sizeof(ChunkImage<K, K>));
+          return static_cast<int64_t>(use_sm90() ? sizeof(ChunkImageSm90<K>) : sizeof(ChunkImage<K>));
         });
     int64_t most = std::max<int64_t>(1, kSegmentBytes / image_bytes);
     chunks = max_chunks(p.num_tokens, p.num_sequences);
@@ -163,7 +163,7 @@ void launch_portable_chain(const KdaPrefillParams& p, const Segment& segment, cu
 // A cluster of blocks for each head, whose rows they share.
 template <typename T, int K>
 void launch_sm90_chain(const KdaPrefillParams& p, const Segment& segment, cudaStream_t stream) {
-  constexpr unsigned kCluster = ChainRing<K, K>::kCluster;
+  constexpr unsigned kCluster = ChainRing<T, K, K>::kCluster;
   const dim3 blocks(static_cast<unsigned>(p.num_sequences) * kCluster, static_cast<unsigned>(p.num_value_heads));
   launch({.cluster = kCluster, .overlap = true}, kda_chain_sm90_kernel<T, K, K>, blocks, dim3(kChainThreadsSm90),
          sizeof(ChainSharedSm90<K>), stream, p, segment);
@@ -175,12 +175,12 @@ void launch_sm90_chain(const KdaPrefillParams& p, const Segment& segment, cudaSt
 // front of it on the stream.
 template <typename T, int K, typename Image>
 void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
-  constexpr bool kSm90 = std::is_same_v<Image, ChunkImageSm90<K, K>>;
+  constexpr bool kSm90 = std::is_same_v<Image, ChunkImageSm90<K>>;
   Segment segment;
   segment.wide_inputs = aligned_to(16, p.q, p.k, p.v, p.g, p.dt_bias) &&
                         multiples_of(8, p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride,
                                      p.v_token_stride, p.v_head_stride, p.g_token_stride, p.g_head_stride);
-  segment.wide_out = aligned_to(8, p.out) && multiples_of(4, p.out_token_stride, p.out_head_stride);
+  segment.wide_out = aligned_to(16, p.out) && multiples_of(8, p.out_token_stride, p.out_head_stride);
   segment.wide_state = wide_state(p);
 
   const Plan plan(p);
@@ -193,8 +193,8 @@ void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
     if (segment.count <= 0) break;
     segment.images = static_cast<char*>(p.workspace) + (plan.overlapped ? index % 2 * plan.segment_bytes : 0);
     const dim3 blocks(static_cast<unsigned>(p.num_value_heads), static_cast<unsigned>(segment.count));
-    launch({.overlap = plan.overlapped && index > 0}, kda_prep_kernel<T, K, K, Image>, blocks, dim3(kPrepThreads),
-           sizeof(PrepShared<K, K>), stream, p, segment);
+    launch({.overlap = plan.overlapped && index > 0}, kda_prep_kernel<T, K, Image>, blocks, dim3(kPrepThreads),
+           sizeof(PrepShared<K>), stream, p, segment);
     if constexpr (kSm90)
       launch_sm90_chain<T, K>(p, segment, stream);
     else
@@ -215,9 +215,9 @@ void kda_prefill(const KdaPrefillParams& p, cudaStream_t stream) {
   dispatch_half(p.dtype, [&]<typename T>() {
     dispatch_head(p, [&]<int K>() {
       if (use_sm90())
-        run_chunks<T, K, ChunkImageSm90<K, K>>(p, stream);
+        run_chunks<T, K, ChunkImageSm90<K>>(p, stream);
       else
-        run_chunks<T, K, ChunkImage<K, K>>(p, stream);
+        run_chunks<T, K, ChunkImage<K>>(p, stream);
     });
   });
 }

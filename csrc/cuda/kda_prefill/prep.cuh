@@ -1,4 +1,4 @@
-// K1 of the chunked path: from q, k, v, gate and beta of one chunk and value head to its image (image.cuh).
+// K1 of the chunked path: from q, k, gate and beta of one chunk and value head to its image (image.cuh).
 //
 // Block = (chunk, value head), 8 warps, two blocks a multiprocessor. Warp w has the tokens of group w (8 tokens), and
 // lane 4 g + t of it token g and, of every 32 channels, eight. With G_i the sum of the log2 gates of the chunk up to
@@ -11,15 +11,13 @@
 //
 // The first two powers are all the exponentials there are (two an element); the others follow by multiplication with
 // factors of a group and channel, of which those beyond a group are powers of two. Operands are fp16: by then all are
-// at most sqrt 2 in magnitude but for v, which is scaled by a power of two when the chunk needs it. A_kk is kept as the
-// sum of two fp16 (its error would dominate otherwise).
+// at most sqrt 2 in magnitude. A_kk is kept as the sum of two fp16 (its error would dominate otherwise).
 //
-// Phases, a block barrier after each: 1 inputs, gates; 2 norms, values, sums of the gates; 3 operands; 4 A_kk, A_qk and
-// the inverses of the diagonal blocks of I + A_kk; 5 w and u by forward substitution over the groups.
+// Phases, a block barrier after each: 1 inputs, gates; 2 norms, sums of the gates; 3 operands; 4 A_kk, A_qk and the
+// inverses of the diagonal blocks of I + A_kk; 5 T by forward substitution over the groups.
 //
-// Bytes: 64 KB read and 70 KB written a block at K = V = 128: 31 ns at 4.27 TB/s, or 7,300 cycles for a multiprocessor
-// at 1.76 GHz. The block's 18,000 warp instructions take 4,500 cycles at best, shared memory and the loads 7,500, the
-// tensor cores 2,000, the special functions 2,000; a second block on the multiprocessor fills what one waits for.
+// Bytes: 48 KB read and 58 KB written a block at K = 128: 25 ns at 4.27 TB/s, or 5,800 cycles for a multiprocessor at
+// 1.76 GHz. What bounds it: docs/kda.md.
 #pragma once
 
 #include "cuda/common/ptx_sm90.h"
@@ -27,10 +25,10 @@
 
 namespace kimi::cuda {
 
-// The block's chunk. Image: where the results go, ChunkImage<K, V> or what has the same member functions.
-template <typename T, int K, int V, typename Image>
+// The block's chunk. Image: where the results go, ChunkImage<K> or what has the same member functions.
+template <typename T, int K, typename Image>
 __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const Segment& segment) {
-  auto& shared = shared_memory<PrepShared<K, V>>();
+  auto& shared = shared_memory<PrepShared<K>>();
   const PrepLane at;
   const int num_heads = static_cast<int>(p.num_value_heads);
   // From the last chunk to the first, usually: the second kernel finds the images it begins with in the L2 cache.
@@ -40,9 +38,9 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
 
   // Phase 1: inputs and gates.
   auto& image = image_of<Image>(segment, chunk, task.head, num_heads);
-  PrepInputs<T, K, V> inputs;
+  PrepInputs<T, K> inputs;
   inputs.load(p, task, segment.wide_inputs, shared);
-  prefetch_inputs<T, K, V>(p, task, segment.prefetch);
+  prefetch_inputs<T, K>(p, task, segment.prefetch);
   const auto halves = group_gates(p, task, inputs, shared);
   __syncthreads();
 
@@ -51,7 +49,6 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
   cp_async_wait<0>();
   __syncwarp();
   const TokenScales scales = token_scales(p, task, inputs, shared);
-  transpose_values<T>(shared);
   const bool exact = __syncthreads_or(scales.exact);
 
   // Phase 3: operands.
@@ -66,7 +63,7 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
   // warps of the earlier ones the rest of the work.
   make_systems(rows, a_qk_diagonal, scales.step, shared, image);
   if (at.group * kWarp < kChunk) invert_diagonal_blocks(shared);
-  if (at.group == 2) choose_units<T>(exact, shared, image);
+  if (threadIdx.x == 2 * kWarp) image.store_header(exact);
   if constexpr (Image::kTransposedKg) {
     if (at.group < kGroups / 2) {
       const int s = at.group;
@@ -78,37 +75,26 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
   }
   __syncthreads();
 
-  // Phase 5: w and u, 32 rows a warp.
-  if (at.group >= K / 32 + V / 32) return;
-  uint32_t x[kGroups][2][2];
-  substitute<T>(shared, x);
-  if (at.group < K / 32) {
-    const int j = at.group;
+  // Phase 5: T, 16 columns a warp.
+  const int pair = at.group;
+  if (pair >= kGroups / 2) return;
+  uint32_t x[kGroups][2];
+  substitute(shared, pair, x);
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      image.store_w(i, j, at.lane, movmatrix_trans(make_uint4(x[i][0][0], x[i][0][1], x[i][1][0], x[i][1][1])));
-    }
-  } else {
-    const int m = 2 * (at.group - K / 32);
-#pragma unroll
-    for (int s = 0; s < kGroups / 2; ++s) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        image.store_u(m + half, s, at.lane,
-                      make_uint4(x[2 * s][half][0], x[2 * s][half][1], x[2 * s + 1][half][0], x[2 * s + 1][half][1]));
-      }
-    }
+  for (int i = 0; i < kGroups; ++i) {
+    // NaN where the image is not valid: every v' will be, and the second kernel looks for that.
+    image.store_t(pair, i, at.lane, exact ? 0x7fff7fffu : x[i][0], exact ? 0x7fff7fffu : x[i][1]);
   }
 }
 
 // SASS: tensor cores, 16-byte loads, stack 8 (one address; registers are full)
-template <typename T, int K, int V, typename Image>
+template <typename T, int K, typename Image>
 __global__ void __launch_bounds__(kPrepThreads, 2)
     kda_prep_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
   // Where this kernel and the second one overlap (kda_prefill.cu): once all blocks are under way, those of the second
   // one may come, and wait; and this one ends only when the second one of the segment before has.
   if constexpr (kHasSm90) grid_launch_dependents();
-  prepare_chunk<T, K, V, Image>(p, segment);
+  prepare_chunk<T, K, Image>(p, segment);
   if constexpr (kHasSm90) {
     if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1) grid_dependency_wait();
   }

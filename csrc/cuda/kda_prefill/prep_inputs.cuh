@@ -1,4 +1,4 @@
-// K1 of the chunked path, phases 1 and 2: the loads, the gates, the norms, and the values as operands.
+// K1 of the chunked path, phases 1 and 2: the loads, the gates and the norms.
 #pragma once
 
 #include "cuda/kda_prefill/prep_shared.cuh"
@@ -42,15 +42,6 @@ __device__ __forceinline__ void log2_decays(const KdaPrefillParams& p, float log
   }
 }
 
-// unpack2, which takes three instructions for bf16.
-template <typename T>
-__device__ __forceinline__ float2 unpack_pair(uint32_t packed) {
-  if constexpr (std::is_same_v<T, Bf16>)
-    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
-  else
-    return unpack2<T>(packed);
-}
-
 // N elements, in one access if they lie for it.
 template <bool kWide, typename T, int N>
 __device__ __forceinline__ Vec<T, N> load_elements(const T* from) {
@@ -75,9 +66,9 @@ __device__ __forceinline__ void copy_octet(uint4* to, const T* from) {
 }
 
 // What a thread loads: of all tokens of the group the raw gates of channels K / 32 * lane on, to registers; of its own
-// token q, k and v to shared memory, from where it takes them itself (registers would be too many: what is kept of them
+// token q and k to shared memory, from where it takes them itself (registers would be too many: what is kept of them
 // keeps the compiler from loading ahead in phase 3).
-template <typename T, int K, int V>
+template <typename T, int K>
 struct PrepInputs {
   static constexpr int kChannels = K / kWarp;
   // As they are in memory: to convert anything here would be to wait for it.
@@ -94,7 +85,7 @@ struct PrepInputs {
   // All loads are under way before the first use; the gates, which are needed first, in front. Rows past the end are
   // another token's, and made harmless later.
   template <bool kWide, typename G>
-  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, PrepShared<K, V>& shared) {
+  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, PrepShared<K>& shared) {
     const PrepLane at;
     log_rate = p.A_log ? p.A_log[task.head] : 0.0f;
     bias = {};
@@ -122,15 +113,11 @@ struct PrepInputs {
     const uint64_t token = task.first_token + static_cast<unsigned>(row < task.count ? row : 0);
     const T* from_q = static_cast<const T*>(p.q) + token * p.q_token_stride + task.qk_head * p.q_head_stride + 8 * at.t;
     const T* from_k = static_cast<const T*>(p.k) + token * p.k_token_stride + task.qk_head * p.k_head_stride + 8 * at.t;
-    const T* from_v = static_cast<const T*>(p.v) + token * p.v_token_stride + task.head * p.v_head_stride + 8 * at.t;
 #pragma unroll
     for (int j = 0; j < K / 32; ++j) {
       copy_octet<kWide>(&shared.k_then_k_half[at.group][j][at.lane], from_k + 32 * j);
-      copy_octet<kWide>(&shared.q_then_k_start[at.group][j][at.lane], from_q + 32 * j);
+      copy_octet<kWide>(&shared.q[at.group][j][at.lane], from_q + 32 * j);
     }
-#pragma unroll
-    for (int i = 0; i < V / 32; ++i)
-      copy_octet<kWide>(&shared.v[at.group].rows[at.g][value_place(at.g, 4 * i + at.t)], from_v + 32 * i);
     cp_async_commit();
     const int64_t beta_at = token * p.beta_token_stride + task.head * p.beta_head_stride;
     const bool wide_beta = p.beta_dtype == DType::kF32;
@@ -140,7 +127,7 @@ struct PrepInputs {
   }
 
   __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, bool wide,
-                                       PrepShared<K, V>& shared) {
+                                       PrepShared<K>& shared) {
     const bool wide_gates = p.g_dtype == DType::kF32;
     if (wide)
       wide_gates ? load<true, float>(p, task, shared) : load<true, T>(p, task, shared);
@@ -174,10 +161,9 @@ struct GroupHalves {
 };
 
 // Phase 1b. Sums of the gates over the group: leaves G - mid, and the sum for the others to add.
-template <typename T, int K, int V>
+template <typename T, int K>
 __device__ __forceinline__ GroupHalves<K / kWarp> group_gates(const KdaPrefillParams& p, const PrepTask& task,
-                                                              const PrepInputs<T, K, V>& inputs,
-                                                              PrepShared<K, V>& shared) {
+                                                              const PrepInputs<T, K>& inputs, PrepShared<K>& shared) {
   constexpr int kChannels = K / kWarp, kMid = kGroup / 2 - 1;
   const PrepLane at;
   const int channel = kChannels * at.lane, left = task.count - kGroup * at.group;
@@ -284,16 +270,16 @@ struct TokenScales {
 };
 
 // Phase 2a.
-template <typename T, int K, int V>
+template <typename T, int K>
 __device__ __forceinline__ TokenScales token_scales(const KdaPrefillParams& p, const PrepTask& task,
-                                                    const PrepInputs<T, K, V>& inputs, PrepShared<K, V>& shared) {
+                                                    const PrepInputs<T, K>& inputs, PrepShared<K>& shared) {
   const PrepLane at;
   const float beta = inputs.beta(p.beta_dtype);
   TokenScales scales{1.0f, 1.0f, p.use_beta_sigmoid ? sigmoid(beta) : beta, 1.0f, false};
   uint4 q[K / 32], k[K / 32];
 #pragma unroll
   for (int j = 0; j < K / 32; ++j) {
-    q[j] = shared.q_then_k_start[at.group][j][at.lane];
+    q[j] = shared.q[at.group][j][at.lane];
     k[j] = shared.k_then_k_half[at.group][j][at.lane];
   }
   const float q2 = row_squares<T>(q), k2 = row_squares<T>(k);
@@ -310,16 +296,15 @@ __device__ __forceinline__ TokenScales token_scales(const KdaPrefillParams& p, c
   // Not below the normal numbers of fp16, which has to hold it.
   const int exponent = min(max(exponent_of(scales.beta), -14), 1);
   scales.step = power_of_two(exponent);
-  if (at.t == 0) shared.beta[token] = scales.beta * power_of_two(-exponent);
-  const int shift = at.g / 2 == at.t ? at.g % 2 * 16 : 32;  // the diagonal, row 2t or 2t + 1 of column g
-  const auto on_diagonal = [&](uint32_t x) { return shift == 32 ? 0u : x << shift; };
-  shared.step[at.group][at.lane] = on_diagonal(pack2<Fp16>(scales.step, 0.0f));
-  shared.value_step[at.group][at.lane] = on_diagonal(pack2<T>(scales.step, 0.0f));
+  if (at.t == 0) {
+    shared.beta[token] = scales.beta * power_of_two(-exponent);
+    shared.step[token] = scales.step;
+  }
   return scales;
 }
 
 // To the L2 cache: the inputs of the chunk that is `ahead` tokens further, which another block will soon take up.
-template <typename T, int K, int V>
+template <typename T, int K>
 __device__ __forceinline__ void prefetch_inputs(const KdaPrefillParams& p, const PrepTask& task, int ahead) {
   const int row = threadIdx.x % kChunk, part = threadIdx.x / kChunk;
   const int64_t token = static_cast<int64_t>(task.first_token) + ahead + row;
@@ -328,68 +313,22 @@ __device__ __forceinline__ void prefetch_inputs(const KdaPrefillParams& p, const
     const char* from = static_cast<const char*>(base) + (token * token_stride + head * head_stride) * bytes;
     for (int i = 0; i < K * bytes; i += 128) prefetch_l2(from + i);
   };
-  static_assert(K == V && kPrepThreads / kChunk == 4);
+  static_assert(kPrepThreads / kChunk == 4);
   if (part == 0)
     prefetch(p.g, p.g_token_stride, p.g_head_stride, task.head, p.g_dtype == DType::kF32 ? 4 : 2);
   else if (part == 1)
     prefetch(p.k, p.k_token_stride, p.k_head_stride, task.qk_head, sizeof(T));
   else if (part == 2)
     prefetch(p.q, p.q_token_stride, p.q_head_stride, task.qk_head, sizeof(T));
-  else
-    prefetch(p.v, p.v_token_stride, p.v_head_stride, task.head, sizeof(T));
 }
-
-template <typename T>
-struct PairOf;  // the pair type
-template <>
-struct PairOf<Bf16> {
-  using Type = __nv_bfloat162;
-};
-template <>
-struct PairOf<Fp16> {
-  using Type = __half2;
-};
 
 __device__ __forceinline__ uint4 movmatrix_trans(uint4 x) {
   return make_uint4(movmatrix_trans(x.x), movmatrix_trans(x.y), movmatrix_trans(x.z), movmatrix_trans(x.w));
 }
 
-// Phase 2b. The group's values transposed, in their place; and the largest and smallest of the tokens' largest.
-template <typename T, int K, int V>
-__device__ __forceinline__ void transpose_values(PrepShared<K, V>& shared) {
-  using Pair = typename PairOf<T>::Type;
-  const PrepLane at;
-  auto& v = shared.v[at.group];
-  uint2 row[V / 16];  // values 16 m + 4 t .. + 3 of the lane's token
-#pragma unroll
-  for (int m = 0; m < V / 16; ++m)
-    row[m] = reinterpret_cast<const uint2*>(&v.rows[at.g][value_place(at.g, 2 * m + at.t / 2)])[at.t % 2];
-  __syncwarp();
-  Pair most = __habs2(bits_as<Pair>(row[0].x));
-#pragma unroll
-  for (int m = 0; m < V / 16; ++m) {
-    most = __hmax2(most, __habs2(bits_as<Pair>(row[m].x)));
-    most = __hmax2(most, __habs2(bits_as<Pair>(row[m].y)));
-  }
-#pragma unroll
-  for (int i = 0; i < V / 32; ++i)
-    v.operands[i][at.lane] =
-        movmatrix_trans(make_uint4(row[2 * i].x, row[2 * i].y, row[2 * i + 1].x, row[2 * i + 1].y));
-  const float2 pair = unpack2<T>(bits_as<uint32_t>(most));
-  // As whole numbers, whose order is that of the magnitudes.
-  const uint32_t largest = __float_as_uint(warp_max<4>(fmaxf(pair.x, pair.y)));
-  constexpr uint32_t kInfinity = 0x7f800000u;
-  const uint32_t of_group = warp_max(largest);
-  const uint32_t smallest = kInfinity - warp_max(largest > 0 && largest < kInfinity ? kInfinity - largest : 0u);
-  if (at.lane == 0) {
-    shared.largest_value[at.group] = __uint_as_float(of_group);
-    shared.smallest_value[at.group] = __uint_as_float(smallest);
-  }
-}
-
-// Phase 2c. One channel a thread: the sums over the groups become sums from the chunk's start to the group's end.
-template <int K, int V, typename Image>
-__device__ __forceinline__ void add_groups(PrepShared<K, V>& shared, Image& image) {
+// Phase 2b. One channel a thread: the sums over the groups become sums from the chunk's start to the group's end.
+template <int K, typename Image>
+__device__ __forceinline__ void add_groups(PrepShared<K>& shared, Image& image) {
   const int c = static_cast<int>(threadIdx.x);
   if (c >= K) return;
   float sum = 0.0f;

@@ -16,8 +16,8 @@ enum PowerOfGroup { kFromStart, kWithinHalf, kBetweenHalves };
 // Phase 3a. The factors of the group's operands, lanes and channels as for the gates. Sums of the gates at the ends of
 // groups are taken apart into a whole number, whose power of two may multiply an fp16 operand without an error, and a
 // fraction, which is in the operands from the beginning.
-template <int K, int V>
-__device__ __forceinline__ void make_factors(const GroupHalves<K / kWarp>& halves, PrepShared<K, V>& shared) {
+template <int K>
+__device__ __forceinline__ void make_factors(const GroupHalves<K / kWarp>& halves, PrepShared<K>& shared) {
   constexpr int kChannels = K / kWarp;
   using Channels = Vec<float, kChannels>;
   const PrepLane at;
@@ -88,6 +88,20 @@ __device__ __forceinline__ uint32_t identity_operand() {
   return pack2<T>(at.g == 2 * at.t ? 1.0f : 0.0f, at.g == 2 * at.t + 1 ? 1.0f : 0.0f);
 }
 
+// Eight elements to fp32, times a factor, by products with 1: one instruction for two words of a lane, which are rows g
+// and g + 8 of the left operand, instead of eight.
+template <typename T>
+__device__ __forceinline__ void to_float_by_mma(uint4 words, uint32_t identity, float factor, float (&x)[8]) {
+  float first[4] = {}, second[4] = {};
+  mma_m16n8k8<T>(first, {words.x, words.y}, identity);
+  mma_m16n8k8<T>(second, {words.z, words.w}, identity);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[i] = first[i] * factor;
+    x[4 + i] = second[i] * factor;
+  }
+}
+
 // Operands of the products of a row group with earlier ones, as an mma wants them: rows 0..7 are -k, 8..15 are q.
 template <int K>
 struct RowOperands {
@@ -95,8 +109,8 @@ struct RowOperands {
 };
 
 // Phase 3b. All operands of the group's tokens; the product of the group with itself into `diagonal` (k rows, q rows).
-template <typename T, int K, int V, typename Image>
-__device__ __forceinline__ void make_operands(const TokenScales& scales, bool exact, PrepShared<K, V>& shared,
+template <typename T, int K, typename Image>
+__device__ __forceinline__ void make_operands(const TokenScales& scales, bool exact, PrepShared<K>& shared,
                                               Image& image, RowOperands<K>& rows, float (&diagonal)[4]) {
   const PrepLane at;
   const float q_scale = scales.q * kTf32Rounding, k_scale = scales.k * kTf32Rounding;
@@ -106,17 +120,9 @@ __device__ __forceinline__ void make_operands(const TokenScales& scales, bool ex
     const int channel = 32 * j + 8 * at.t;
     auto& group = shared.groups[at.group][j];
     float q[8], k[8], k_column[8], factor[8];
-    const uint4 raw_q = shared.q_then_k_start[at.group][j][at.lane], raw_k = shared.k_then_k_half[at.group][j][at.lane];
-    const uint32_t q_words[4] = {raw_q.x, raw_q.y, raw_q.z, raw_q.w}, k_words[4] = {raw_k.x, raw_k.y, raw_k.z, raw_k.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // to fp32 by a product with 1: one instruction instead of four
-      float pairs[4] = {};
-      mma_m16n8k8<T>(pairs, {k_words[i], q_words[i]}, identity);
-      k[2 * i] = pairs[0] * k_scale;
-      k[2 * i + 1] = pairs[1] * k_scale;
-      q[2 * i] = pairs[2] * q_scale;
-      q[2 * i + 1] = pairs[3] * q_scale;
-    }
+    const uint4 raw_q = shared.q[at.group][j][at.lane], raw_k = shared.k_then_k_half[at.group][j][at.lane];
+    to_float_by_mma<T>(raw_q, identity, q_scale, q);
+    to_float_by_mma<T>(raw_k, identity, k_scale, k);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const auto piece = load_vec<float, 4>(&group.from_mid[at.g][from_mid_place(at.g, channel + 4 * half)]);
@@ -158,7 +164,7 @@ __device__ __forceinline__ void make_operands(const TokenScales& scales, bool ex
     };
     const uint4 from_start = power(kFromStart);
     image.store_q(at.group, j, at.lane, multiply(q_rows, from_start));
-    shared.q_then_k_start[at.group][j][at.lane] = movmatrix_trans(multiply(k_rows, from_start));
+    image.store_k(at.group, j, at.lane, multiply(k_rows, from_start));
     // Columns of the products with later groups, and of the state's update.
     load_eight(factor, &shared.factors[at.group][1][channel]);
     const uint4 k_end = pack_scaled(k_column, factor);
@@ -176,9 +182,9 @@ __device__ __forceinline__ void make_operands(const TokenScales& scales, bool ex
 }
 
 // Phase 3c. beta L within the group, for whoever inverts it; the group's own tile of A_qk.
-template <int K, int V>
+template <int K>
 __device__ __forceinline__ uint32_t store_diagonal(const TokenScales& scales, const float (&diagonal)[4],
-                                                   PrepShared<K, V>& shared) {
+                                                   PrepShared<K>& shared) {
   const PrepLane at;
   const int column = 2 * at.t;
   const float beta = scales.beta;

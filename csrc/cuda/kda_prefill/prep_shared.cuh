@@ -39,7 +39,7 @@ struct PrepLane {
 };
 
 // Three levels of products between groups: within pairs, within each half of the chunk, between the halves.
-template <int K, int V>
+template <int K>
 struct PrepShared {
   // Of each group and 32 channels.
   union {
@@ -50,15 +50,10 @@ struct PrepShared {
     } operands;
   } groups[kGroups][K / 32];
   // Of each group and 32 channels, each lane its own 16 bytes: q and k as they are in memory in phases 1 to 3; in the
-  // place of q then -k 2^(G - start of the chunk), transposed (rows are channels), to phase 5; in the place of k of
-  // groups 0 to 2 k_end for the products between the halves, in phase 4.
-  uint4 q_then_k_start[kGroups][K / 32][kWarp];
+  // place of k of groups 0 to 2 then k_end for the products between the halves, in phase 4.
+  uint4 q[kGroups][K / 32][kWarp];
   uint4 k_then_k_half[kGroups][K / 32][kWarp];
   uint4 k_quarter[2][K / 32][kWarp];  // k_end of groups 0 and 4 for the products within a half; phase 3 to 4
-  union {                             // of each group, values as they are in memory
-    uint4 rows[kGroup][V / 8];        // where value_place() says; phase 1 to 2, each warp its own
-    uint4 operands[V / 32][kWarp];    // transposed: rows are values; phase 2 to 5
-  } v[kGroups];
   float sums[kGroups][K];  // log2 decay over the group in phase 1, from the chunk's start to the group's end in 2 to 3
   union {
     // Of the group, each warp its own, phase 3: 2^(mid - start), 2^(end - mid), both with the fractional part of the
@@ -72,16 +67,8 @@ struct PrepShared {
   Fp16 powers[kGroups][3][K];             // phase 3 to 4, each warp its own
   float system[kGroups][kGroup][kGroup];  // beta L within the group, strictly lower; phase 3 to 4
   Fp16 inverse[kGroups][kGroup][kGroup];  // of the diagonal block of I + A_kk, times beta 2^-e; phase 4 to 5
-  uint32_t step[kGroups][kWarp], value_step[kGroups][kWarp];  // the b operand diag(2^e) in fp16, in T; phase 2 to 5
-  float beta[kChunk];                                         // times 2^-e
-  float largest_value[kGroups], smallest_value[kGroups];      // of the tokens' largest |v|; smallest: zeros left out
-  int exponent;                                               // units of the values; phase 4 to 5
+  float step[kChunk], beta[kChunk];       // beta as 2^e and a number in [1, 2); phase 2 to 5
 };
-
-// The place of a row's octet of values: rows would lie in the same banks.
-__device__ __forceinline__ int value_place(int token, int octet) {
-  return octet ^ (token % 2 * 4 + (token & 2));
-}
 
 // Rows of two tokens would lie in the same banks: the odd ones are turned by 16 bytes.
 __device__ __forceinline__ int from_mid_place(int token, int channel) {

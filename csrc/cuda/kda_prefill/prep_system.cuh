@@ -1,4 +1,4 @@
-// K1 of the chunked path, phases 4 and 5: A_kk and A_qk, and w and u by forward substitution.
+// K1 of the chunked path, phases 4 and 5: A_kk and A_qk, and T by forward substitution.
 #pragma once
 
 #include "cuda/kda_prefill/prep_operands.cuh"
@@ -50,9 +50,9 @@ __device__ __forceinline__ void group_products(const RowOperands<K>& rows, const
 }
 
 // Phase 4. This group's rows of A_kk and A_qk, level by level, so that hardly a product needs factors between groups.
-template <int K, int V, typename Image>
+template <int K, typename Image>
 __device__ __forceinline__ void make_systems(RowOperands<K>& rows, uint32_t a_qk_diagonal, float step,
-                                             PrepShared<K, V>& shared, Image& image) {
+                                             PrepShared<K>& shared, Image& image) {
   const PrepLane at;
   constexpr int kStep = sizeof(shared.groups[0][0]) / 16;
   const int m = at.group, first = m / 4 * 4, in_half = m % 4;
@@ -92,8 +92,8 @@ __device__ __forceinline__ void make_systems(RowOperands<K>& rows, uint32_t a_qk
 }
 
 // Phase 4b. Inverses T of the diagonal blocks of I + A_kk, four a warp, a column a lane; times beta 2^-e.
-template <int K, int V>
-__device__ __forceinline__ void invert_diagonal_blocks(PrepShared<K, V>& shared) {
+template <int K>
+__device__ __forceinline__ void invert_diagonal_blocks(PrepShared<K>& shared) {
   const int block = threadIdx.x / kGroup, column = threadIdx.x % kGroup;
   float x[kGroup];
 #pragma unroll
@@ -109,86 +109,51 @@ __device__ __forceinline__ void invert_diagonal_blocks(PrepShared<K, V>& shared)
   for (int row = 0; row < kGroup; ++row) shared.inverse[block][row][column] = from_float<Fp16>(x[row] * beta);
 }
 
-// Phase 4c. The units of the values, and the image's header; a whole warp.
-template <typename T, int K, int V, typename Image>
-__device__ __forceinline__ void choose_units(bool exact, PrepShared<K, V>& shared, Image& image) {
+// Phase 5. T beta, with T = (I + A_kk)^-1, transposed: 16 of its rows (the columns of T of tokens 16 pair .. + 15, a
+// warp each), by forward substitution over the groups from `pair` on:
+//   X_i = (R_i 2^e - sum over j < i of X_j (2^e L_ij)^T) (T_ii beta 2^-e)^T, R the identity.
+// The powers of two of beta go with the rows, so that fp16 holds all of it. x[group] are fp16 pairs of row tokens 2t,
+// 2t
+// + 1: rows g and g + 8.
+template <int K>
+__device__ __forceinline__ void substitute(const PrepShared<K>& shared, int pair, uint32_t (&x)[kGroups][2]) {
   const PrepLane at;
-  const float largest = warp_max<kGroups>(shared.largest_value[at.lane % kGroups]);
-  const float smallest = -warp_max<kGroups>(-shared.smallest_value[at.lane % kGroups]);
-  // The powers of two that T holds: also 2^-14 times it.
-  constexpr int kLeast = std::is_same_v<T, Fp16> ? -15 : -100, kMost = std::is_same_v<T, Fp16> ? 15 : 112;
-  int exponent = exponent_of(largest);
-  exponent =
-      largest == 0.0f || (exponent >= -8 && exponent < 9) || exponent > 127 ? 0 : min(max(exponent - 4, kLeast), kMost);
-  if (at.lane == 0) {
-    shared.exponent = exponent;
-    // In units for very large values, a token of ordinary ones would drown, and the large ones may soon be forgotten.
-    image.store_header(exponent, exact || (exponent > 0 && exponent_of(smallest) < exponent - 12));
+  float sum[kGroups][4];
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    const float step = shared.step[kGroup * i + at.g];
+    const float low = at.g == 2 * at.t ? step : 0.0f, high = at.g == 2 * at.t + 1 ? step : 0.0f;
+    sum[i][0] = i == 2 * pair ? low : 0.0f;
+    sum[i][1] = i == 2 * pair ? high : 0.0f;
+    sum[i][2] = i == 2 * pair + 1 ? low : 0.0f;
+    sum[i][3] = i == 2 * pair + 1 ? high : 0.0f;
+    x[i][0] = x[i][1] = 0;
   }
-}
-
-// Phase 5. 32 rows (the warp's: channels of w, then values of u) of X = R T^T with R = rows x tokens, by forward
-// substitution over the groups: X_i = (R_i 2^e - sum over j < i of X_j (2^e L_ij)^T) (T_ii beta 2^-e)^T. The powers of
-// two of beta go with the rows, so that fp16 holds all of it. x[group][half] are fp16 pairs of tokens 2t, 2t + 1: rows
-// g and g + 8 of the half.
-template <typename T, int K, int V>
-__device__ __forceinline__ void substitute(const PrepShared<K, V>& shared, uint32_t (&x)[kGroups][2][2]) {
-  const PrepLane at;
-  float sum[kGroups][2][4] = {};
-  const auto load_rows = [&]<typename Element>(const uint4* rows, int step, const uint32_t* diagonal, float unit) {
-    const uint32_t units = pack2<Element>(unit, unit);
-    using Pair = typename PairOf<Element>::Type;
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const uint4 words = rows[i * step];
-      const uint32_t b = bits_as<uint32_t>(__hmul2(bits_as<Pair>(diagonal[i * kWarp]), bits_as<Pair>(units)));
-      mma_m16n8k8<Element>(sum[i][0], {words.x, words.y}, b);
-      mma_m16n8k8<Element>(sum[i][1], {words.z, words.w}, b);
-    }
-  };
-  if (at.group < K / 32) {
-    load_rows.template operator()<Fp16>(&shared.q_then_k_start[0][at.group][at.lane],
-                                        sizeof(shared.q_then_k_start[0]) / 16, &shared.step[0][at.lane], 1.0f);
-  } else {
-    load_rows.template operator()<T>(&shared.v[0].operands[at.group - K / 32][at.lane], sizeof(shared.v[0]) / 16,
-                                     &shared.value_step[0][at.lane], power_of_two(-shared.exponent));
-  }
-  // sum[row_group] -= X A^T for the column groups of the a operands.
-  const auto eliminate = [&](int row_group, int s, const uint32_t (&a)[2][4]) {
-    const uint4 b = shared.a_kk[row_group * row_group / 4 + s][at.lane];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) mma_m16n8k16<Fp16>(sum[row_group][half], a[half], {b.x, b.y});
-#pragma unroll
-    for (int half = 0; half < 2; ++half) mma_m16n8k16<Fp16>(sum[row_group][half], a[half], {b.z, b.w});
-  };
-  const auto eliminate_first = [&](int row_group, int s) {  // of the two column groups: the other is the row group's
-    const uint4 b = shared.a_kk[row_group * row_group / 4 + s][at.lane];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) mma_m16n8k8<Fp16>(sum[row_group][half], x[row_group - 1][half], b.x);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) mma_m16n8k8<Fp16>(sum[row_group][half], x[row_group - 1][half], b.z);
-  };
+  // The words of row group i and column groups 2 s and 2 s + 1: upper and lower parts.
+  const auto system = [&](int i, int s) { return shared.a_kk[i * i / 4 + s][at.lane]; };
   const auto solve = [&](int i) {
     const uint32_t b = *reinterpret_cast<const uint32_t*>(&shared.inverse[i][at.g][2 * at.t]);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float (&r)[4] = sum[i][half];
-      float solution[4] = {};
-      mma_m16n8k8<Fp16>(solution, {pack2<Fp16>(r[0], r[1]), pack2<Fp16>(r[2], r[3])}, b);
-      x[i][half][0] = pack2<Fp16>(solution[0], solution[1]);
-      x[i][half][1] = pack2<Fp16>(solution[2], solution[3]);
-    }
+    float solution[4] = {};
+    mma_m16n8k8<Fp16>(solution, {pack2<Fp16>(sum[i][0], sum[i][1]), pack2<Fp16>(sum[i][2], sum[i][3])}, b);
+    x[i][0] = pack2<Fp16>(solution[0], solution[1]);
+    x[i][1] = pack2<Fp16>(solution[2], solution[3]);
   };
 #pragma unroll
   for (int s = 0; s < kGroups / 2; ++s) {
+    if (s < pair) continue;  // above the diagonal
     const int i = 2 * s;
     solve(i);
-    eliminate_first(i + 1, s);
+    const uint4 within = system(i + 1, s);  // of the two column groups: the other is the row group's
+    mma_m16n8k8<Fp16>(sum[i + 1], x[i], within.x);
+    mma_m16n8k8<Fp16>(sum[i + 1], x[i], within.z);
     solve(i + 1);
-    const uint32_t a[2][4] = {{x[i][0][0], x[i][0][1], x[i + 1][0][0], x[i + 1][0][1]},
-                              {x[i][1][0], x[i][1][1], x[i + 1][1][0], x[i + 1][1][1]}};
+    const uint32_t a[4] = {x[i][0], x[i][1], x[i + 1][0], x[i + 1][1]};
 #pragma unroll
-    for (int row_group = i + 2; row_group < kGroups; ++row_group) eliminate(row_group, s, a);
+    for (int row_group = i + 2; row_group < kGroups; ++row_group) {
+      const uint4 b = system(row_group, s);
+      mma_m16n8k16<Fp16>(sum[row_group], a, {b.x, b.y});
+      mma_m16n8k16<Fp16>(sum[row_group], a, {b.z, b.w});
+    }
   }
 }
 

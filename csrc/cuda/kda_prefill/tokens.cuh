@@ -1,9 +1,8 @@
 // The recurrence itself, token by token in fp32, for 16 rows of the state in one warp: the generic kernel, and the way
 // out of the chunked path for chunks whose numbers 16-bit operands cannot hold.
 //
-// Lane 4 g + t holds rows g (r = 0) and g + 8 (r = 1) of a block of 16 values, in the numbering of image.cuh, and of
-// each block j of 32 key channels the eight from 32 j + 8 t on: element s[4 j + i / 2][2 r + i % 2], as in mma
-// accumulators.
+// Lane 4 g + t holds rows g (r = 0) and g + 8 (r = 1) of a block of 16 values, and of each block j of 32 key channels
+// the eight from 32 j + 8 t on: element s[4 j + i / 2][2 r + i % 2], as in mma accumulators.
 #pragma once
 
 #include "cuda/common/activations.h"
@@ -12,11 +11,6 @@
 #include "cuda/kda_prefill/image.cuh"
 
 namespace kimi::cuda {
-
-// Row r of lane quad g within the block of 16 values.
-__device__ __forceinline__ int value_row(int g, int r) {
-  return 4 * (g / 2) + g % 2 + 2 * r;
-}
 
 // 16 rows of a state [value_dim, key_dim] in the pool, of float or Bf16. What follows runs about once a sequence.
 struct StateRows {
@@ -39,7 +33,7 @@ __device__ __forceinline__ void for_state_pieces(int key_dim, Body&& body) {
   for (int r = 0; r < 2; ++r) {
 #pragma unroll
     for (int j = 0; j < J; ++j) {
-      if (32 * j + 8 * t < key_dim) body(value_row(g, r) * key_dim + 32 * j + 8 * t, j, r);
+      if (32 * j + 8 * t < key_dim) body((g + 8 * r) * key_dim + 32 * j + 8 * t, j, r);
     }
   }
 }
@@ -167,7 +161,7 @@ struct TokenReader {
     raw.beta = load_element<T>(p.beta, p.beta_dtype, token * p.beta_token_stride + head * p.beta_head_stride);
     const int g = static_cast<int>(threadIdx.x) % kWarp / 4;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) raw.v[r] = to_float(v[value_row(g, r)]);
+    for (int r = 0; r < 2; ++r) raw.v[r] = to_float(v[g + 8 * r]);
     return raw;
   }
 
@@ -272,7 +266,7 @@ __device__ __forceinline__ void run_tokens(const TokenReader<T, J>& reader, int6
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float o = warp_sum<4>(along_q[r][0] + along_q[r][1]);
-      if (t == r) out[value_row(g, r)] = from_float<T>(o);
+      if (t == r) out[g + 8 * r] = from_float<T>(o);
     }
   }
 }

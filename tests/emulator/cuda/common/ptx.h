@@ -206,6 +206,10 @@ inline float tanh_approx(float x) {
 
 // ---- Barriers ------------------------------------------------------------------------------------------------------
 
+inline int keep_in_register(int x) {
+  return x;
+}
+
 inline void barrier_sync(int id, int threads) {
   emulator::block_barrier(id, threads);
 }

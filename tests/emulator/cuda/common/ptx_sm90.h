@@ -73,17 +73,40 @@ uint64_t wgmma_descriptor(const void* shared, int k_stride, int column_stride) {
          uint64_t(column_stride >> 4) << 32;
 }
 
+template <typename T, bool kMnMajor, int kTiles>
+void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  emulator::wgmma({&d[0][0], kTiles, {a[0], a[1], a[2], a[3]}, b, kMnMajor, accumulate, std::is_same_v<T, Bf16>});
+}
+template <typename T, bool kMnMajor>
+void wgmma_m64n16k16(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  wgmma<T, kMnMajor, 2>(d, a, b, accumulate);
+}
 template <bool kMnMajor, int kTiles>
-void wgmma_fp16(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  emulator::wgmma({&d[0][0], kTiles, {a[0], a[1], a[2], a[3]}, b, kMnMajor, accumulate});
+void wgmma_tiles(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  wgmma<Fp16, kMnMajor, kTiles>(d, a, b, accumulate);
 }
-template <bool kMnMajor>
-void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  wgmma_fp16<kMnMajor>(d, a, b, accumulate);
-}
-template <bool kMnMajor>
-void wgmma_m64n128k16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  wgmma_fp16<kMnMajor>(d, a, b, accumulate);
+
+// ---- Matrices to shared memory -------------------------------------------------------------------------------------
+
+inline void stmatrix_x4_trans(void* shared_row, const uint32_t (&r)[4]) {
+  if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0)
+    emulator::fail("stmatrix to an address that is not a multiple of 16");
+  struct Lane {
+    void* row;
+    const uint32_t* r;
+  } x{shared_row, r};
+  emulator::warp_collective(&x, [](void* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        const uint32_t word = static_cast<Lane*>(lanes[lane])->r[matrix];
+        for (int half = 0; half < 2; ++half) {
+          const uint16_t element = static_cast<uint16_t>(word >> 16 * half);
+          char* to = static_cast<char*>(static_cast<Lane*>(lanes[8 * matrix + 2 * (lane % 4) + half])->row);
+          std::memcpy(to + 2 * (lane / 4), &element, 2);
+        }
+      }
+    }
+  });
 }
 
 // ---- Barriers ------------------------------------------------------------------------------------------------------
