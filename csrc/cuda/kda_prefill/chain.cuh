@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
       const auto* from = reinterpret_cast<const uint4*>(
           &image_of<Image>(segment, first_of_sequence + next_chunk, head, p.num_value_heads));
       auto* to = reinterpret_cast<uint4*>(&stage.image);
-      constexpr int kWords = sizeof(Image) / 16;
+      constexpr int kWords = (offsetof(Image, exact) + 4 * sizeof(int)) / 16;  // without the padding
 #pragma unroll
       for (int i = 0; i < kWords / kThreads; ++i)
         cp_async_16(to + threadIdx.x + i * kThreads, from + threadIdx.x + i * kThreads);

@@ -15,7 +15,8 @@
 // scheduler to itself, and most of its instructions wait for the one before.
 //
 // Copies. A ring of kChainStages images and values. Barriers of a stage: full, its bytes have come; empty, the block's
-// warps have read it, and those of the rest of the cluster.
+// warpgroup has read it, and left the output in the place of the values; free, all blocks of the cluster say so;
+// written, the output is in memory. Every thread arrives for what it has itself read or written.
 //
 // Range: chain_common.cuh. A warp whose v' is not fit takes part in (4) and (5) with v' = 0 and a state that is not
 // decayed, so nothing changes for it; at the end of the chunk the warpgroup learns of it, and careful_chunk() does the
@@ -58,7 +59,7 @@ struct ChainSharedSm90 {
   ChainStageSm90<K> stages[kChainStages];
   float ones[K];                 // a decay that changes nothing
   int has_output[kChainStages];  // whether a stage that is empty has the output in the place of the values
-  uint64_t full[kChainStages], empty[kChainStages], written[kChainStages];
+  uint64_t full[kChainStages], empty[kChainStages], written[kChainStages], free[kChainStages];
 };
 
 // Between the order of channels in load_state() (lane t of a quad has channels 8 t + 2 x, + 1 of a block of 32 in s[x])
@@ -333,9 +334,10 @@ struct ChainRing {
   __device__ __forceinline__ explicit ChainRing(Shared& shared) : shared(shared) {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kChainStages; ++i) {
-        mbarrier_init(&shared.full[i], 2);  // the copying warp, before and after it stored the values
-        mbarrier_init(&shared.empty[i], kWarpgroup / kWarp * kCluster);
-        mbarrier_init(&shared.written[i], 1);
+        mbarrier_init(&shared.full[i], 1 + kWarp);
+        mbarrier_init(&shared.empty[i], kWarpgroup);
+        mbarrier_init(&shared.written[i], kWarp);
+        mbarrier_init(&shared.free[i], kCluster);
       }
       mbarrier_init_fence();
     }
@@ -367,7 +369,13 @@ struct ChainRing {
 #pragma unroll
         for (int n = 0; n < kChunk / 4; ++n, from += step) v[n] = load_octet(from, wide, 4 * n + token < length);
       }
-      if (i >= kChainStages) mbarrier_wait(&shared.empty[index], parity ^ 1);
+      if (i >= kChainStages) {
+        mbarrier_wait(&shared.empty[index], parity ^ 1);
+        if constexpr (kCluster > 1) {
+          if (lane < kCluster) mbarrier_arrive_cluster(&shared.free[index], lane);
+          mbarrier_wait(&shared.free[index], parity ^ 1);
+        }
+      }
       if (lane == 0) {
         const Image& image = image_of_chunk(i);
         mbarrier_arrive_expect_tx(full, kShare * kCluster + kHeader);
@@ -385,8 +393,7 @@ struct ChainRing {
       if (i >= kChainStages) mbarrier_wait(&shared.written[index], parity ^ 1);
 #pragma unroll
       for (int n = 0; n < kChunk / 4; ++n) stage.v.octets[4 * n + token][octet] = v[n];
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(full);
+      mbarrier_arrive(full);
       advance();
     }
   }
@@ -413,8 +420,7 @@ struct ChainRing {
           if (4 * n + token < end) store_octet(to, rows.octets[4 * n + token][octet], wide);
         }
       }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(&shared.written[index]);
+      mbarrier_arrive(&shared.written[index]);
       advance();
     }
   }
@@ -424,12 +430,9 @@ struct ChainRing {
   __device__ __forceinline__ auto& stage_behind_anew() const { return shared.stages[keep_in_register(behind())]; }
   __device__ __forceinline__ void wait() { mbarrier_wait(&shared.full[index], parity); }
   // The warp is done with the stage before the present one, and its output is there, or not.
-  __device__ __forceinline__ void release_behind(int lane, bool has_output) {
+  __device__ __forceinline__ void release_behind(bool has_output) {
     if (threadIdx.x == 0) shared.has_output[behind()] = has_output;
-    __syncwarp();  // one lane arrives for what all have read and written
-    uint64_t* const empty = &shared.empty[behind()];
-    if (lane == 0) mbarrier_arrive(empty);
-    if (lane > 0 && lane < kCluster) mbarrier_arrive_cluster(empty, (static_cast<int>(blockIdx.x) + lane) % kCluster);
+    mbarrier_arrive(&shared.empty[behind()]);
   }
   __device__ __forceinline__ int behind() const { return index == 0 ? kChainStages - 1 : index - 1; }
   __device__ __forceinline__ void advance() {
@@ -492,7 +495,7 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
     wgmma_wait<1>();
     wgmma_results(x.out);
     if (all_plain) x.round_out(p.scale, stage.v);
-    ring.release_behind(x.lane, all_plain);
+    ring.release_behind(all_plain);
     if (chunk < p.num_snapshots && task.length - chunk * kChunk >= kChunk) [[unlikely]] {
       const int to = p.snapshot_slots[task.sequence * p.num_snapshots + chunk];
       if (to >= 0) x.store(rows_of(to));
