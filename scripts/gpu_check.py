@@ -45,7 +45,7 @@ TIMEOUTS = {"native": 180, "portable": 240, **dict.fromkeys(SANITIZERS, 240)}
 # Only our kernels are checked: "kimi" is in their mangled names. Not by initcheck, which must see who else wrote to memory.
 # torch probes the driver with calls that may fail, so failed calls are not errors; our own throw. A kernel with an error ends, the
 # tests after it go on.
-SANITIZER_OPTIONS = "--target-processes application-only --launch-timeout 120 --require-cuda-init no --print-limit 50".split()
+SANITIZER_OPTIONS = "--target-processes application-only --launch-timeout 120 --require-cuda-init no --print-limit 1000".split()
 TOOL_OPTIONS = {
     "memcheck": "--kernel-name kns=kimi --report-api-errors no --destroy-on-device-error kernel".split(),
     "racecheck": "--kernel-name kns=kimi".split(),

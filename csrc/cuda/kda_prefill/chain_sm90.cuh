@@ -5,14 +5,15 @@
 //
 //   (1) x^T = v^T - S k^T   (2) v'^T = x^T T^T   (3) o^T = S q^T   (4) S = S D + v'^T kg   (5) o^T += v'^T A_qk^T
 //
-// Block = (sequence, value head, 64 values), a warpgroup and one more warp, which copies. The blocks of a head are a
-// cluster: each copies its share of the factors to all of them, so that an image leaves the L2 cache once.
+// Block = (sequence, value head, 64 values), a warpgroup and two more warps: one copies images and values to shared
+// memory, one the output from there. The blocks of a head are a cluster: each copies its share of the factors to all of
+// them, so that an image leaves the L2 cache once.
 //
 // Time. (1), (2) and (4) depend on each other from chunk to chunk, the rest fills the time between: while (1) runs, the
 // output of the chunk before is rounded; while (3) runs, v' is rounded and checked and the state decayed; while (4)
-// runs, that output is written and the next v^T comes into the accumulators of (1); while (5) runs, the state is
-// rounded. K = V = 128: 256 + 128 + 256 + 256 + 128 cycles of tensor cores a chunk; each of the four warps has a
-// scheduler to itself, and most of its instructions wait for the one before.
+// runs, the next v^T comes into the accumulators of (1); while (5) runs, the state is rounded. K = V = 128: 256 + 128 +
+// 256 + 256 + 128 cycles of tensor cores a chunk; each of the four warps has a scheduler to itself, and most of its
+// instructions wait for the one before.
 //
 // Copies. A ring of kChainStages images and values. Barriers of a stage: full, its bytes have come; empty, the block's
 // warpgroup has read it, and left the output in the place of the values; free, all blocks of the cluster say so;
@@ -23,7 +24,7 @@
 // chunk again for such warps. The products there are the same, in the same order. (0 times kg must be 0 for that: kg is
 // finite also where nothing else of an image is valid.)
 //
-// Shared memory: kChainStages * 73 KB (K = 128), 49 KB (K = 64), 8 KB for the output, and the barriers.
+// Shared memory: kChainStages * 74 KB (K = 128), 49 KB (K = 64), and the barriers.
 #pragma once
 
 #include "cuda/common/ptx_sm90.h"
@@ -33,12 +34,12 @@
 
 namespace kimi::cuda {
 
-inline constexpr int kChainStages = 3;  // one in use, two on their way: 66 KB each leave no room for a fourth
+inline constexpr int kChainStages = 3;  // one in use, two on their way: 74 KB each leave no room for a fourth
 inline constexpr int kWarpgroup = 4 * kWarp;
 inline constexpr int kWarpgroupBarrier = 1;
 
-inline constexpr int kChainThreadsSm90 =
-    kWarpgroup + 2 * kWarp;  // the last two warps copy to shared memory, and from it
+// The last two warps copy.
+inline constexpr int kChainThreadsSm90 = kWarpgroup + 2 * kWarp;
 
 // 64 values of each token of a chunk.
 struct ValueRows {
@@ -318,8 +319,8 @@ __device__ __forceinline__ void careful_chunk(ChainWarp<T, K>& x, const KdaPrefi
   }
 }
 
-// The ring of images, as one of the warps sees it that read it, or the one that copies: it is at stage `index`, which
-// is used for the even or odd time (`parity`).
+// The ring, as one of the warps sees it that read it, or copy to it and from it: it is at stage `index`, which is used
+// for the even or odd time (`parity`).
 template <typename T, int K, int V>
 struct ChainRing {
   using Shared = ChainSharedSm90<K>;
@@ -530,7 +531,7 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
   grid_dependency_wait();
   grid_launch_dependents();
   if (task.length <= 0 || task.first >= task.last) return;
-  constexpr int kCopies = kWarpgroup / kWarp;  // the warp that does
+  constexpr int kCopies = kWarpgroup / kWarp;  // the warp that copies in; the next one copies out
   if (slot < 0) {
     if (warp >= kCopies) return;
     T* const out =

@@ -16,8 +16,9 @@
 // Phases, a block barrier after each: 1 inputs, gates; 2 norms, sums of the gates; 3 operands; 4 A_kk, A_qk and the
 // inverses of the diagonal blocks of I + A_kk; 5 T by forward substitution over the groups.
 //
-// Bytes: 48 KB read and 58 KB written a block at K = 128: 25 ns at 4.27 TB/s, or 5,800 cycles for a multiprocessor at
-// 1.76 GHz. What bounds it: docs/kda.md.
+// Bytes: 48 KB read and 59 to 65 KB written a block at K = 128: 27 ns at 4.27 TB/s, or 6,200 cycles for a
+// multiprocessor at 1.76 GHz. The block's 15,500 warp instructions take 3,900 cycles at best and 9,000 in fact, beside
+// a second block: docs/kda.md says what they wait for.
 #pragma once
 
 #include "cuda/common/ptx_sm90.h"
