@@ -1,6 +1,5 @@
 #include "asynchronous.h"
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <array>
@@ -132,10 +131,6 @@ uint32_t place(const Descriptor& d, bool mn_major, int k, int n) {
   return at ^ ((at >> 7) & (width / 16 - 1)) << 4;
 }
 
-float element(const Product& product, uint16_t bits) {
-  return product.bf16 ? __bfloat162float(kimi_bits<__nv_bfloat16>(bits)) : __half2float(kimi_bits<__half>(bits));
-}
-
 bool compute(Warpgroup& warpgroup, const PendingProduct& product, int rank) {
   Descriptor d;
   const int tiles = product.shape.tiles;
@@ -151,9 +146,9 @@ bool compute(Warpgroup& warpgroup, const PendingProduct& product, int rank) {
         note_failure("a matrix descriptor that leads out of the shared memory");
         return false;
       }
-      uint16_t bits;
-      std::memcpy(&bits, from, 2);
-      b[k * 8 * tiles + n] = element(product.shape, bits);
+      __half x;
+      std::memcpy(&x, from, 2);
+      b[k * 8 * tiles + n] = __half2float(x);
     }
   }
   double a[64][16];
@@ -162,7 +157,7 @@ bool compute(Warpgroup& warpgroup, const PendingProduct& product, int rank) {
     for (int i = 0; i < 4; ++i) {
       for (int half = 0; half < 2; ++half) {
         const uint16_t bits = static_cast<uint16_t>(product.a[thread][i] >> 16 * half);
-        a[row + i % 2 * 8][2 * t + half + i / 2 * 8] = element(product.shape, bits);
+        a[row + i % 2 * 8][2 * t + half + i / 2 * 8] = __half2float(kimi_bits<__half>(bits));
       }
     }
   }
@@ -230,8 +225,7 @@ void issue(void* const* arguments) {
     products[i] = &x;
     calls[i]->good = false;
     const ThreadState& other = states[calls[i]->thread];
-    if (x.b != y.b || x.tiles != y.tiles || x.mn_major != y.mn_major || x.accumulate != y.accumulate ||
-        x.bf16 != y.bf16)
+    if (x.b != y.b || x.tiles != y.tiles || x.mn_major != y.mn_major || x.accumulate != y.accumulate)
       return note_failure("the threads of a warpgroup do not agree about a wgmma");
     if (!other.fenced) return note_failure("wgmma without a fence since the last wait");
     if (other.group != state.group || other.complete != state.complete)

@@ -29,13 +29,13 @@ void mbarrier_wait(uint64_t* barrier, int parity);
 // To this place in each of the blocks, whose barriers at the place of `barrier` count the bytes.
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, unsigned blocks);
 
-// ---- wgmma, fp16 or bf16, a [64, 16] from registers, b [16, 8 tiles] from shared memory
+// ---- wgmma, fp16, a [64, 16] from registers, b [16, 8 tiles] from shared memory
 struct Product {
   float* d;  // [tiles][4] of this thread
   int tiles;
   uint32_t a[4];
   uint64_t b;  // matrix descriptor
-  bool mn_major, accumulate, bf16 = false;
+  bool mn_major, accumulate;
 };
 void wgmma(const Product& product);
 void wgmma_fence();

@@ -287,9 +287,9 @@ __global__ void products(int* out, int mode) {
     __syncthreads();
     if (mode != 5) wgmma_fence();
     if (mode == 9 && i >= 96) {
-      wgmma_tiles<true, 8>(d, a, operand, true);
+      wgmma_m64n64k16<true>(d, a, operand, true);
     } else {
-      wgmma_tiles<false, 8>(d, a, operand, true);
+      wgmma_m64n64k16<false>(d, a, operand, true);
     }
     wgmma_commit();
     if (mode == 3) {
@@ -301,7 +301,7 @@ __global__ void products(int* out, int mode) {
     if (mode == 7) break;
     if (mode == 8) {
       auto& other = *reinterpret_cast<float (*)[16][4]>(&d);
-      wgmma_tiles<false, 16>(other, a, operand, true);
+      wgmma_m64n128k16<false>(other, a, operand, true);
     }
     wgmma_wait<0>();
     __syncthreads();

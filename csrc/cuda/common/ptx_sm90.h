@@ -70,12 +70,6 @@ __device__ __forceinline__ void bulk_copy_multicast(void* shared, const void* gl
       : "memory");
 }
 
-// What this thread wrote to shared memory is visible to asynchronous copies and wgmma that start after it (and, behind
-// a barrier, to those of other threads).
-__device__ __forceinline__ void async_proxy_fence() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // ---- Matrices to shared memory (stmatrix) ---------------------------------------------------------------------------
 // The reverse of ldmatrix_x4_trans() (ptx.h): four 8 x 8 matrices of 16-bit elements, transposed; lanes 8 i .. + 7 give
 // the addresses of matrix i's rows, that is, of the columns that the lanes hold.
@@ -112,10 +106,9 @@ __device__ __forceinline__ void grid_launch_dependents() {
 }
 
 // ---- Matrix products of a warpgroup (wgmma) ------------------------------------------------------------------------
-// d += a b, or a b unless `accumulate`: d [64, 8 tiles] in fp32, a [64, 16] in fp16 (or T) from registers, b [16, 8
-// tiles] in the same from shared memory as its descriptor says. All 128 threads of four warps, the first one's number a
-// multiple of four. Warp w has rows 16 w .. + 15 of a and d, in the layouts of mma.m16n8k16 (ptx.h), d[i] being columns
-// 8 i .. + 7.
+// d += a b, or a b unless `accumulate`: d [64, 8 tiles] in fp32, a [64, 16] in fp16 from registers, b [16, 8 tiles] in
+// fp16 from shared memory as its descriptor says. All 128 threads of four warps, the first one's number a multiple of
+// four. Warp w has rows 16 w .. + 15 of a and d, in the layouts of mma.m16n8k16 (ptx.h), d[i] being columns 8 i .. + 7.
 //
 // Asynchronous: between wgmma_fence() and the wgmma_wait() for its group, nobody touches d, nor writes what b reads.
 
@@ -150,61 +143,13 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, int k_s
   return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) | leading << 16 | stride << 32;
 }
 
-template <typename T, bool kMnMajor>
-__device__ __forceinline__ void wgmma_m64n16k16(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  if constexpr (std::is_same_v<T, Bf16>) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %13, 0; "
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "{%8, %9, %10, %11}, %12, p, 1, 1, %14;}"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-          "+f"(d[1][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajor ? 1 : 0));
-  } else {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %13, 0; "
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "{%8, %9, %10, %11}, %12, p, 1, 1, %14;}"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-          "+f"(d[1][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajor ? 1 : 0));
-  }
-}
 template <bool kMnMajor>
-__device__ __forceinline__ void wgmma_m64n32k16(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %21, 0; "
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, p, 1, 1, %22;}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-        "+f"(d[3][2]), "+f"(d[3][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajor ? 1 : 0));
-}
-template <bool kMnMajor>
-__device__ __forceinline__ void wgmma_m64n48k16(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %29, 0; "
-      "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23}, "
-      "{%24, %25, %26, %27}, %28, p, 1, 1, %30;}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-        "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]),
-        "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajor ? 1 : 0));
-}
-template <bool kMnMajor>
-__device__ __forceinline__ void wgmma_m64n64k16(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %37, 0; "
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
       "{%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
       : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
         "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
@@ -214,14 +159,15 @@ __device__ __forceinline__ void wgmma_m64n64k16(float (*d)[4], const uint32_t (&
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajor ? 1 : 0));
 }
 template <bool kMnMajor>
-__device__ __forceinline__ void wgmma_m64n128k16(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
+                                                 bool accumulate) {
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %69, 0; "
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-      "%56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
       "{%64, %65, %66, %67}, %68, p, 1, 1, %70;}"
       : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
         "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
@@ -234,17 +180,6 @@ __device__ __forceinline__ void wgmma_m64n128k16(float (*d)[4], const uint32_t (
         "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]),
         "+f"(d[15][3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMnMajor ? 1 : 0));
-}
-
-// The same by the number of tiles, a and b in fp16.
-template <bool kMnMajor, int kTiles>
-__device__ __forceinline__ void wgmma_tiles(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  static_assert(kTiles == 2 || kTiles == 4 || kTiles == 6 || kTiles == 8 || kTiles == 16);
-  if constexpr (kTiles == 2) wgmma_m64n16k16<Fp16, kMnMajor>(d, a, b, accumulate);
-  if constexpr (kTiles == 4) wgmma_m64n32k16<kMnMajor>(d, a, b, accumulate);
-  if constexpr (kTiles == 6) wgmma_m64n48k16<kMnMajor>(d, a, b, accumulate);
-  if constexpr (kTiles == 8) wgmma_m64n64k16<kMnMajor>(d, a, b, accumulate);
-  if constexpr (kTiles == 16) wgmma_m64n128k16<kMnMajor>(d, a, b, accumulate);
 }
 
 // ---- Barriers ------------------------------------------------------------------------------------------------------

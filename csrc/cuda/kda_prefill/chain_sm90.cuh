@@ -147,7 +147,7 @@ struct ChainWarp {
     const uint64_t k = wgmma_descriptor<false>(stage.factors.k, 128, 16 * K);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < K / 16; ++x) wgmma_tiles<false, kGroups>(values, state[x], k + 16 * x, true);
+    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(values, state[x], k + 16 * x, true);
     wgmma_commit();
   }
 
@@ -156,7 +156,7 @@ struct ChainWarp {
     const uint64_t t = wgmma_descriptor<true>(stage.factors.t, 128 * kGroups, 128);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < kGroups / 2; ++x) wgmma_tiles<true, kGroups>(values, operand[x], t + 16 * kGroups * x, x > 0);
+    for (int x = 0; x < kGroups / 2; ++x) wgmma_m64n64k16<true>(values, operand[x], t + 16 * kGroups * x, x > 0);
     wgmma_commit();
   }
 
@@ -164,7 +164,7 @@ struct ChainWarp {
   __device__ __forceinline__ void multiply_a_qk(const Stage& stage) {
     const uint64_t a_qk = wgmma_descriptor<false>(stage.factors.a_qk, 128 * kGroups, 128);
 #pragma unroll
-    for (int x = 0; x < kGroups / 2; ++x) wgmma_tiles<false, kGroups>(out, operand[x], a_qk + 16 * kGroups * x, true);
+    for (int x = 0; x < kGroups / 2; ++x) wgmma_m64n64k16<false>(out, operand[x], a_qk + 16 * kGroups * x, true);
     wgmma_commit();
   }
 
@@ -173,7 +173,7 @@ struct ChainWarp {
     const uint64_t q = wgmma_descriptor<false>(stage.factors.q, 128, 16 * K);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < K / 16; ++x) wgmma_tiles<false, kGroups>(out, state[x], q + 16 * x, x > 0);
+    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(out, state[x], q + 16 * x, x > 0);
     wgmma_commit();
   }
 
@@ -182,7 +182,12 @@ struct ChainWarp {
     const uint64_t kg = wgmma_descriptor<true>(stage.factors.kg, 16 * K, 128);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < kGroups / 2; ++x) wgmma_tiles<true, K / 8>(s, operand[x], kg + 2 * K * x, true);
+    for (int x = 0; x < kGroups / 2; ++x) {
+      if constexpr (K == 128)
+        wgmma_m64n128k16<true>(s, operand[x], kg + 2 * K * x, true);
+      else
+        wgmma_m64n64k16<true>(s, operand[x], kg + 2 * K * x, true);
+    }
     wgmma_commit();
   }
 

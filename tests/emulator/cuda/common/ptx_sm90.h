@@ -40,8 +40,6 @@ inline void bulk_copy_multicast(void* shared, const void* global, uint32_t bytes
 
 // ---- Clusters, dependent launches ----------------------------------------------------------------------------------
 
-inline void async_proxy_fence() {}
-
 inline int cluster_rank() {
   return emulator::current->rank;
 }
@@ -73,17 +71,17 @@ uint64_t wgmma_descriptor(const void* shared, int k_stride, int column_stride) {
          uint64_t(column_stride >> 4) << 32;
 }
 
-template <typename T, bool kMnMajor, int kTiles>
-void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  emulator::wgmma({&d[0][0], kTiles, {a[0], a[1], a[2], a[3]}, b, kMnMajor, accumulate, std::is_same_v<T, Bf16>});
-}
-template <typename T, bool kMnMajor>
-void wgmma_m64n16k16(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  wgmma<T, kMnMajor, 2>(d, a, b, accumulate);
-}
 template <bool kMnMajor, int kTiles>
-void wgmma_tiles(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  wgmma<Fp16, kMnMajor, kTiles>(d, a, b, accumulate);
+void wgmma_fp16(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  emulator::wgmma({&d[0][0], kTiles, {a[0], a[1], a[2], a[3]}, b, kMnMajor, accumulate});
+}
+template <bool kMnMajor>
+void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  wgmma_fp16<kMnMajor>(d, a, b, accumulate);
+}
+template <bool kMnMajor>
+void wgmma_m64n128k16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  wgmma_fp16<kMnMajor>(d, a, b, accumulate);
 }
 
 // ---- Matrices to shared memory -------------------------------------------------------------------------------------
