@@ -18,12 +18,12 @@
 namespace kimi::cuda {
 namespace {
 
-// Images of 9,800 tokens of 32 heads of 128 x 128. Fewer would leave the chip idle at the end of each kernel more
+// Images of 12,000 tokens of 32 heads of 128 x 128. Fewer would leave the chip idle at the end of each kernel more
 // often.
 constexpr int64_t kSegmentBytes = int64_t{384} << 20;
 // Of a segment whose second kernel leaves multiprocessors idle: short, so that the kernels of different segments
-// overlap, but the second one loses about 10 us at each of their ends. Measured: 512, 1,024 and 2,048 are slower by 20
-// %, 7 % and 2 %.
+// overlap, but the second one loses about 10 us at each of their ends. Measured at 8,192 tokens: 512 and 1,024 are
+// slower by a fifth and a tenth, 2,048 by 2 % (docs/kda.md).
 constexpr int64_t kOverlappedImages = 3072;
 // How far the first kernel looks ahead for inputs (measured: 128 and 256 are alike; 512, a whole wave of blocks,
 // loses).
