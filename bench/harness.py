@@ -240,6 +240,15 @@ TITLE = f"{'op':<20} {'case':<36} {'us(median)':>10} {'us(min)':>10} {'TFLOP/s':
 
 def header(device: Device, ceilings: Ceilings, peer_libs: Path | None = None) -> Record:
     """What a reader needs to judge or repeat the run."""
+    return origin(device, peer_libs) | {
+        "ceiling_tflops": digits(ceilings.tflops),
+        "ceiling_gemm": ceilings.gemm,
+        "ceiling_gbps": digits(ceilings.gbps),
+    }
+
+
+def origin(device: Device, peer_libs: Path | None = None) -> Record:
+    """When, with what, and on what something was found."""
     import kimi_native
 
     versions = {"kimi_native": kimi_native.__version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -257,9 +266,6 @@ def header(device: Device, ceilings: Ceilings, peer_libs: Path | None = None) ->
         "commit": _commit(),
         "versions": versions,
         **device.describe(),
-        "ceiling_tflops": digits(ceilings.tflops),
-        "ceiling_gemm": ceilings.gemm,
-        "ceiling_gbps": digits(ceilings.gbps),
     }
 
 
