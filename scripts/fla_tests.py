@@ -223,8 +223,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--through", choices=["drop-in", "backend"], default="drop-in")
-    parser.add_argument("pytest_args", nargs="*", help="after --: further arguments of pytest")
-    args = parser.parse_args()
+    ours, pytest_args = sys.argv[1:], []
+    if "--" in ours:  # anywhere: argparse takes it only right behind CHECKOUT
+        ours, pytest_args = ours[: ours.index("--")], ours[ours.index("--") + 1 :]
+    parser.usage = "%(prog)s [-h] [--through {drop-in,backend}] CHECKOUT [-- further arguments of pytest]"
+    args = parser.parse_args(ours)
     tests = args.checkout / "tests" / "ops" / "test_kda.py"
     if not tests.is_file():
         print(f"{tests} is not there: the first argument is a clone of flash-linear-attention")
@@ -239,7 +242,7 @@ def main() -> int:
         print(f"fla-core with what it needs (triton, einops) and kimi_native must be importable: {error}")
         return 2
     options = ["-q", "-c", os.devnull, "--rootdir", str(args.checkout), "-p", "no:cacheprovider", "--disable-warnings"]
-    code = pytest.main([*options, str(tests), *args.pytest_args], plugins=[plugin])
+    code = pytest.main([*options, str(tests), *pytest_args], plugins=[plugin])
     import fla
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

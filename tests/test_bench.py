@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "scripts")]
 import bench_report  # noqa: E402
 import devices  # noqa: E402
 import harness  # noqa: E402
+import kda_accuracy  # noqa: E402
 import kda_inputs  # noqa: E402
 import peers  # noqa: E402
 import run  # noqa: E402
@@ -197,3 +198,29 @@ def test_fla_is_measured_with_its_own_kernels(monkeypatch):
     monkeypatch.setenv("FLA_KIMI_NATIVE", "1")
     peers.fla("ops.kda")
     assert os.environ["FLA_KIMI_NATIVE"] == "0"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.005])
+def test_errors_of_kda_prefill_are_judged(scale, tmp_path, monkeypatch, capsys):
+    right = kda_accuracy.ours
+    monkeypatch.setattr(kda_accuracy, "ours", lambda x, num_tokens: tuple(scale * t for t in right(x, num_tokens)))
+    path = tmp_path / "errors.json"
+    monkeypatch.setattr(sys, "argv", ["kda_accuracy.py", "--device", "cpu", "--lengths", "40", "20", "--json", str(path)])
+    assert kda_accuracy.main() == (0 if scale == 1.0 else 1)
+    records = [r for r in json.loads(path.read_text()) if r["record"] == "error"]
+    assert len(records) == 2 * 2 * 8 and {r["tokens"] for r in records} == {20, 40}
+    assert all(0 < r["state"] < 1e-5 if scale == 1.0 else r["state"] > 4e-3 for r in records)
+    assert capsys.readouterr().out.count("ours") == len(records)
+
+
+ERRORS = sorted((ROOT / "bench" / "results" / "accuracy").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", ERRORS, ids=lambda path: path.stem)
+def test_recorded_errors_are_what_is_promised(path):
+    head, *records = json.loads(path.read_text())
+    assert {"date", "commit", "command", "versions", "machine"} <= head.keys()
+    ours = [r for r in records if r["who"] == "ours"]
+    assert {r["tokens"] for r in ours} == {512, 8192, 131072}
+    for r in ours:
+        assert r["output"] <= kda_accuracy.MAX_OUTPUT and r["state"] <= kda_accuracy.MAX_STATE
