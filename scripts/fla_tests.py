@@ -220,13 +220,13 @@ def report(results: dict[str, Result]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "%(prog)s [-h] [--through {drop-in,backend}] checkout [-- further arguments of pytest]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--through", choices=["drop-in", "backend"], default="drop-in")
     ours, pytest_args = sys.argv[1:], []
     if "--" in ours:  # anywhere: argparse takes it only right behind CHECKOUT
         ours, pytest_args = ours[: ours.index("--")], ours[ours.index("--") + 1 :]
-    parser.usage = "%(prog)s [-h] [--through {drop-in,backend}] CHECKOUT [-- further arguments of pytest]"
     args = parser.parse_args(ours)
     tests = args.checkout / "tests" / "ops" / "test_kda.py"
     if not tests.is_file():

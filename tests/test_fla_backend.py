@@ -6,8 +6,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 BACKENDS = """
     registered = {}
@@ -96,3 +99,10 @@ def test_without_fla_nothing_happens(tmp_path):
     """
     files = {"fla/ops/__init__.py": "import sys; sys.path.clear(); __path__ = []"}  # as if kda were not there
     assert in_a_process(tmp_path, files, program)[0].splitlines() == ["fla.ops.kda", "True"]
+
+
+@pytest.mark.parametrize("given", ["{} -- -k varlen", "{} --through backend -- -k varlen", "--through backend {} -- --maxfail 3", "{}"])
+def test_the_runner_of_flas_tests_takes_arguments_of_pytest_in_any_order(given, tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "fla_tests.py", *given.format(tmp_path / "nowhere").split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere/tests/ops/test_kda.py is not there" in done.stdout, done.stderr
