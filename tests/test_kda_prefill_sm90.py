@@ -50,10 +50,12 @@ def test_the_hopper_kernel_runs():
 
 
 @needs_gpu
+@pytest.mark.parametrize("heads", [16, 32])
 @pytest.mark.parametrize("regime", ["remember", "mixed"])
-def test_segments_that_overlap(regime):
-    """128 chunks of 16 heads are a segment; the kernels of the next one run beside it. Nothing of that may be seen."""
-    args = on("cuda", problem([64 * 300 + 5], 16, 16, 128, 128, torch.bfloat16, regime=regime))
+def test_segments_that_overlap(regime, heads):
+    """Segments of 48, 72, 108, ... chunks of 16 heads, or of 84 of 32; the kernels of the next one run beside each. Nothing
+    of that may be seen."""
+    args = on("cuda", problem([64 * 300 + 5], heads, heads, 128, 128, torch.bfloat16, regime=regime))
     slot, part_state = args["slots"].long(), args["state"].clone()
     cuts = range(0, len(args["q"]), 64 * 30)  # calls of one segment
     parts = [kda_prefill(**tokens(args, a, min(a + 64 * 30, len(args["q"])), state=part_state)) for a in cuts]

@@ -32,6 +32,7 @@ struct BulkCopy {
   int rank;
   uint32_t to, barrier, bytes;  // shared-memory addresses
   const void* from;
+  std::vector<Copy> of_thread = {};  // or these, all together, which arrive at the barrier
 };
 
 std::map<std::pair<int, uint32_t>, MBarrier> barriers;  // by rank and address
@@ -271,9 +272,11 @@ void end_a_copy(bool idle) {
   const BulkCopy copy = bulk_copies.back();
   bulk_copies.pop_back();
   if (has_ended(copy.rank)) return note_failure("a bulk copy into the shared memory of a block that has ended");
-  std::memcpy(shared_pointer(copy.rank, copy.to, copy.bytes), copy.from, copy.bytes);
+  if (copy.bytes > 0) std::memcpy(shared_pointer(copy.rank, copy.to, copy.bytes), copy.from, copy.bytes);
+  for (const Copy& part : copy.of_thread) finish(part);
   if (MBarrier* barrier = find_barrier(copy.rank, copy.barrier)) {
     barrier->bytes -= copy.bytes;
+    if (copy.bytes == 0) --barrier->pending;
     end_phase_if_complete(*barrier);
   }
 }
@@ -305,6 +308,11 @@ void mbarrier_wait(uint64_t* barrier, int parity) {
     need_barrier(-1, barrier).waiting.push_back(running_thread());
     sleep();
   }
+}
+
+void mbarrier_arrive_after_copies(uint64_t* barrier) {
+  if (need_barrier(-1, barrier).pending == 0) fail("more arrivals at an mbarrier than it expects");
+  bulk_copies.push_back({next_random() % 2 == 0, current->rank, 0, shared_address(barrier), 0, nullptr, take_copies()});
 }
 
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, unsigned blocks) {

@@ -25,6 +25,7 @@ void mbarrier_init(uint64_t* barrier, int arrivals);
 void mbarrier_init_fence();
 void mbarrier_arrive(uint64_t* barrier, int rank, uint32_t expected_bytes);
 void mbarrier_wait(uint64_t* barrier, int parity);
+void mbarrier_arrive_after_copies(uint64_t* barrier);  // when the thread's copy_async() have ended, at some later time
 
 // To this place in each of the blocks, whose barriers at the place of `barrier` count the bytes.
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, unsigned blocks);

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "asynchronous.h"
@@ -53,14 +54,6 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 2048, kMaxBarriers = 16, kMaxCluster = 8;  // threads of a cluster of blocks
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-  bool valid;
-  int group;
-};
 
 struct Fiber {
   Thread thread;
@@ -461,18 +454,26 @@ void copy_async_commit() {
   ++cluster.fibers[cluster.running].group;
 }
 
+std::vector<Copy> take_copies() {
+  return std::exchange(cluster.fibers[cluster.running].copies, {});
+}
+
+void finish(const Copy& copy) {
+  if (copy.valid)
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  else
+    std::memset(copy.to, 0, copy.bytes);
+}
+
 void copy_async_wait(int newest_groups_left) {
   Fiber& self = cluster.fibers[cluster.running];
   const int last = self.group - 1 - newest_groups_left;
   size_t kept = 0;
   for (const Copy& copy : self.copies) {
-    if (copy.group > last) {
+    if (copy.group > last)
       self.copies[kept++] = copy;
-    } else if (copy.valid) {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    } else {
-      std::memset(copy.to, 0, copy.bytes);
-    }
+    else
+      finish(copy);
   }
   self.copies.resize(kept);
 }

@@ -38,6 +38,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace kimi::emulator {
 
@@ -83,9 +84,18 @@ unsigned char* shared_pointer(int rank, uint32_t address, size_t bytes);  // nul
 void note_failure(const std::string& what);                               // for who is not a thread
 
 // Copies that wait for cp_async_wait.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool valid;  // if not, zeros
+  int group;
+};
 void copy_async(void* shared, const void* global, size_t bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int newest_groups_left);
+std::vector<Copy> take_copies();  // those of the running thread, for who ends them otherwise
+void finish(const Copy& copy);
 
 template <typename T>
 struct Exchange {

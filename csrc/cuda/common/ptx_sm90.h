@@ -51,6 +51,11 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
+// Arrives when all copies by cp_async_*() that the thread has started are there.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // ---- Bulk copies from global to shared memory (cp.async.bulk) ------------------------------------------------------
 // One thread starts a copy of a multiple of 16 bytes, all addresses multiples of 16; `barrier` counts the bytes.
 
@@ -141,6 +146,14 @@ template <bool kMnMajor>
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, int k_stride, int column_stride) {
   const uint64_t leading = static_cast<uint64_t>(k_stride >> 4), stride = static_cast<uint64_t>(column_stride >> 4);
   return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) | leading << 16 | stride << 32;
+}
+
+// The same of a matrix in pieces of 8 rows of 64 bytes, 512 bytes in a row and at a multiple of that, with the swizzle
+// of 64 bytes: the 16 bytes i of row r are at i ^ r / 2. Rows are columns of b, and 32 elements along k contiguous; if
+// the instruction says kMnMajor, the other way around. The strides go from one piece to the next: to the next 32
+// elements (only with kMnMajor; along k the start of the descriptor moves instead), and to the next 8 rows.
+__device__ __forceinline__ uint64_t wgmma_descriptor_swizzle_64(const void* shared, int across, int down) {
+  return wgmma_descriptor<false>(shared, across, down) | uint64_t{2} << 62;
 }
 
 template <bool kMnMajor>

@@ -93,16 +93,31 @@ __device__ __forceinline__ int choose_unit(const float (&s)[K / 8][4], int expon
 enum class Magnitude { kFit, kSmall, kNotFinite };
 inline constexpr uint32_t kHalfInfinity = 0x7c00u, kHalfSmall = 0x1000u;
 
+// The largest magnitude of a thread's words, as the bits of an fp16; those of infinity and NaN are the largest.
 template <int N>
-__device__ __forceinline__ Magnitude magnitude_of(const uint32_t (&words)[N][4]) {
+__device__ __forceinline__ uint32_t largest_of(const uint32_t (&words)[N][4]) {
   __half2 most[2] = {bits_as<__half2>(words[0][0] & 0x7fff7fffu), bits_as<__half2>(words[0][1] & 0x7fff7fffu)};
 #pragma unroll
   for (int i = 2; i < 4 * N; ++i)
     most[i % 2] = __hmax2_nan(most[i % 2], __habs2(bits_as<__half2>(words[i / 4][i % 4])));
   const uint32_t pair = bits_as<uint32_t>(__hmax2_nan(most[0], most[1])) & 0x7fff7fffu;
-  const uint32_t largest = warp_max(max(pair & 0xffffu, pair >> 16));
+  return max(pair & 0xffffu, pair >> 16);
+}
+
+template <int N>
+__device__ __forceinline__ Magnitude magnitude_of(const uint32_t (&words)[N][4]) {
+  const uint32_t largest = warp_max(largest_of(words));
   if (largest >= kHalfInfinity) return Magnitude::kNotFinite;
   return largest > 0 && largest < kHalfSmall ? Magnitude::kSmall : Magnitude::kFit;
+}
+
+// Whether that is kFit, by votes, which take less time.
+template <int N>
+__device__ __forceinline__ bool is_fit(const uint32_t (&words)[N][4]) {
+  const uint32_t largest = largest_of(words);
+  const bool finite = __all_sync(kFullWarp, largest < kHalfInfinity);
+  const bool large = __any_sync(kFullWarp, largest >= kHalfSmall);
+  return finite && (large || !__any_sync(kFullWarp, largest > 0));
 }
 
 // Eight outputs of a token.

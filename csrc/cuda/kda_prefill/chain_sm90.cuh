@@ -49,7 +49,7 @@ struct ValueRows {
 };
 
 template <int K>
-struct alignas(128) ChainStageSm90 {
+struct alignas(512) ChainStageSm90 {  // as the swizzle of the factors wants it
   ChunkFactorsSm90<K> factors;
   ChunkHeaderSm90<K> header;
   ValueRows v;  // of the block's values, zeros past the last token; then the output
@@ -58,7 +58,6 @@ struct alignas(128) ChainStageSm90 {
 template <int K>
 struct ChainSharedSm90 {
   ChainStageSm90<K> stages[kChainStages];
-  float ones[K];                 // a decay that changes nothing
   int has_output[kChainStages];  // whether a stage that is empty has the output in the place of the values
   uint64_t full[kChainStages], empty[kChainStages], written[kChainStages], free[kChainStages];
 };
@@ -142,12 +141,15 @@ struct ChainWarp {
     }
   }
 
+  // From the first channels of k or q to the 16 x-th, in 16 bytes: pieces of 512 bytes have 32.
+  __device__ __forceinline__ static int sixteen_channels(int x) { return x / 2 * 32 + x % 2 * 2; }
+
   // (1): values -= S k^T
   __device__ __forceinline__ void multiply_k(const Stage& stage) {
-    const uint64_t k = wgmma_descriptor<false>(stage.factors.k, 128, 16 * K);
+    const uint64_t k = wgmma_descriptor_swizzle_64(stage.factors.k, 0, 16 * K);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(values, state[x], k + 16 * x, true);
+    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(values, state[x], k + sixteen_channels(x), true);
     wgmma_commit();
   }
 
@@ -170,16 +172,16 @@ struct ChainWarp {
 
   // (3): out <- S q^T
   __device__ __forceinline__ void multiply_q(const Stage& stage) {
-    const uint64_t q = wgmma_descriptor<false>(stage.factors.q, 128, 16 * K);
+    const uint64_t q = wgmma_descriptor_swizzle_64(stage.factors.q, 0, 16 * K);
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(out, state[x], q + 16 * x, x > 0);
+    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(out, state[x], q + sixteen_channels(x), x > 0);
     wgmma_commit();
   }
 
   // (4): S += v'^T kg
   __device__ __forceinline__ void multiply_kg(const Stage& stage) {
-    const uint64_t kg = wgmma_descriptor<true>(stage.factors.kg, 16 * K, 128);
+    const uint64_t kg = wgmma_descriptor_swizzle_64(stage.factors.kg, 512, 16 * K);
     wgmma_fence();
 #pragma unroll
     for (int x = 0; x < kGroups / 2; ++x) {
@@ -207,14 +209,27 @@ struct ChainWarp {
     for (int i = 0; i < 4 * (kGroups / 2); ++i) operand[i / 4][i % 4] = 0;
   }
 
-  // S *= D
-  __device__ __forceinline__ void decay_state(const float* decay) {
-    decay += 4 * (lane % 4);
+  // For a warp whose v' is not fit: (4) and (5) change nothing.
+  __device__ __forceinline__ void stay(float (&decay)[K / 16][4]) {
+    clear_operand();
+    for (auto& four : decay) four[0] = four[1] = four[2] = four[3] = 1.0f;
+  }
+
+  // S *= D, of which a thread needs four elements in each 16 channels.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void load_decay(const float* decay, float (&fours)[K / 16][4]) const {
+#pragma unroll
+    for (int i = kBegin; i < kEnd; ++i) {
+      const auto four = load_vec<float, 4>(decay + 16 * i + 4 * (lane % 4));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) fours[i][e] = four.x[e];
+    }
+  }
+  __device__ __forceinline__ void decay_state(const float (&fours)[K / 16][4]) {
 #pragma unroll
     for (int i = 0; i < K / 16; ++i) {
-      const auto four = load_vec<float, 4>(decay + 16 * i);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) s[2 * i + e / 4][e % 4] *= four.x[e / 4 * 2 + e % 2];
+      for (int e = 0; e < 8; ++e) s[2 * i + e / 4][e % 4] *= fours[i][e / 4 * 2 + e % 2];
     }
   }
 
@@ -244,14 +259,41 @@ struct ChainWarp {
     __syncwarp();
   }
 
+  // S from the pool, or zeros.
   __device__ __forceinline__ void load(const StateRows& rows, bool zeros) {
-    load_state<K / 32>(s, rows, K, zeros);
-    transpose_quads<K>(s);
+    const auto fill = [&](auto&& load_pair) {
+      for_pairs([&](int at, float& x, float& y) {
+        const float2 pair = load_pair(at);
+        x = pair.x;
+        y = pair.y;
+      });
+    };
+    if (zeros)
+      fill([](int) { return make_float2(0.0f, 0.0f); });
+    else if (rows.dtype == DType::kF32 && rows.wide)
+      fill([&](int at) { return __ldcg(reinterpret_cast<const float2*>(static_cast<const float*>(rows.data) + at)); });
+    else
+      fill([&](int at) { return load_pair(rows, at); });
   }
   __device__ __forceinline__ void store(const StateRows& rows) {
-    transpose_quads<K>(s);
-    store_state<K / 32>(s, rows, K);
-    transpose_quads<K>(s);
+    if (rows.dtype == DType::kF32 && rows.wide) {
+      for_pairs([&](int at, float x, float y) {
+        *reinterpret_cast<float2*>(static_cast<float*>(rows.data) + at) = make_float2(x, y);
+      });
+    } else {
+      for_pairs([&](int at, float x, float y) { store_pair(rows, at, x, y); });
+    }
+  }
+  // body(place in the rows, its two elements); a warp's are 32 bytes in each of eight rows.
+  template <typename Body>
+  __device__ __forceinline__ void for_pairs(Body&& body) {
+    const int first =
+        keep_in_register(lane / 4 * K + 2 * (lane % 4));  // or addresses would fill registers all the time
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int i = 0; i < K / 8; ++i) body(first + 8 * (K * r + i), s[i][2 * r], s[i][2 * r + 1]);
+    }
   }
 };
 
@@ -302,7 +344,9 @@ __device__ __forceinline__ void careful_chunk(ChainWarp<T, K>& x, const KdaPrefi
       x.clear_operand();
     } else {
       scale_state<K>(x.s, power_of_two(-units.unit));
-      x.decay_state(stage.header.decay);
+      float decay[K / 16][4];
+      x.template load_decay<0, K / 16>(stage.header.decay, decay);
+      x.decay_state(decay);
     }
     x.multiply_q(stage);
     x.multiply_kg(stage);
@@ -347,7 +391,6 @@ struct ChainRing {
       }
       mbarrier_init_fence();
     }
-    for (int i = threadIdx.x; i < K; i += kChainThreadsSm90) shared.ones[i] = 1.0f;
     if constexpr (kCluster > 1)
       cluster_sync();
     else
@@ -367,14 +410,6 @@ struct ChainRing {
     for (int i = 0; i < count; ++i, length -= kChunk) {
       auto& stage = shared.stages[index];
       uint64_t* const full = &shared.full[index];
-      uint4 v[kChunk / 4];  // under way while the stage is still in use
-      if (wide && length >= kChunk) {
-#pragma unroll
-        for (int n = 0; n < kChunk / 4; ++n, from += step) v[n] = *reinterpret_cast<const uint4*>(from);
-      } else {
-#pragma unroll
-        for (int n = 0; n < kChunk / 4; ++n, from += step) v[n] = load_octet(from, wide, 4 * n + token < length);
-      }
       if (i >= kChainStages) {
         mbarrier_wait(&shared.empty[index], parity ^ 1);
         if constexpr (kCluster > 1) {
@@ -397,9 +432,25 @@ struct ChainRing {
       }
       __syncwarp();
       if (i >= kChainStages) mbarrier_wait(&shared.written[index], parity ^ 1);
+      if (wide && length >= kChunk) {
+        // Several addresses, for a copy reads its own late.
+        const T* rows[4] = {from, from + step, from + 2 * step, from + 3 * step};
+        uint4* const to = &stage.v.octets[token][octet];
 #pragma unroll
-      for (int n = 0; n < kChunk / 4; ++n) stage.v.octets[4 * n + token][octet] = v[n];
-      mbarrier_arrive(full);
+        for (int n = 0; n < kChunk / 4; n += 4) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) cp_async_16(to + 4 * (n + r) * ValueRows::kOctets, rows[r]);
+#pragma unroll
+          for (int r = 0; r < 4; ++r) rows[r] += 4 * step;
+        }
+        cp_async_mbarrier_arrive(full);
+      } else {
+#pragma unroll 1
+        for (int n = 0; n < kChunk / 4; ++n)
+          stage.v.octets[4 * n + token][octet] = load_octet(from + n * step, wide, 4 * n + token < length);
+        mbarrier_arrive(full);
+      }
+      from += kChunk / 4 * step;
       advance();
     }
   }
@@ -450,7 +501,7 @@ struct ChainRing {
 template <typename T, int K, int V>
 __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segment& segment, const ChainTask& task,
                                            ChainRing<T, K, V>& ring, int slot) {
-  const auto& shared = ring.shared;
+  constexpr int kEarlyDecays = K / 64;  // groups of them that come before v' is there: no more registers are free
   const auto rows_of = [&](int of_slot) {
     return state_rows(p, segment.wide_state, of_slot, task.head, task.first_value);
   };
@@ -471,12 +522,15 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
     x.round_values();
     x.multiply_t(stage);
     x.multiply_q(stage);
+    float decay[K / 16][4];
+    x.template load_decay<0, kEarlyDecays>(stage.header.decay, decay);
     wgmma_wait<1>();
     wgmma_results(x.values);
     x.round_values();
-    const bool plain = magnitude_of(x.operand) == Magnitude::kFit;
-    x.decay_state(plain ? stage.header.decay : shared.ones);
-    if (!plain) x.clear_operand();
+    x.template load_decay<kEarlyDecays, K / 16>(stage.header.decay, decay);
+    const bool plain = is_fit(x.operand);
+    if (!plain) x.stay(decay);
+    x.decay_state(decay);
     wgmma_results(x.operand);
     x.multiply_kg(stage);
     x.multiply_a_qk(stage);

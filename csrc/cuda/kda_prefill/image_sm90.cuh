@@ -1,19 +1,25 @@
 // The image of a chunk (image.cuh) for the Hopper form of the second kernel: the same matrices, every one as wgmma
-// reads it from shared memory without a swizzle, that is in matrices of 8 x 8 elements, 128 bytes in a row. Lane 4 g +
-// t of the first kernel has 8 neighbouring channels of token g: one row of such a matrix, and a warp's store of 16
-// bytes a lane covers four of them, 512 bytes.
+// reads it from shared memory. -k, q and kg are in pieces of 8 tokens x 32 channels, 64 bytes a token, with the swizzle
+// of 64 bytes. Lane 4 g + t of the first kernel has 8 neighbouring channels of token g: a warp's store of 16 bytes a
+// lane is one piece, and each eight of its lanes write 128 bytes in a row. (In matrices of 8 x 8, without a swizzle,
+// they would write to four lines, and each takes the data path of the L1 cache for a cycle.) T and A_qk come two
+// elements a lane, and are in matrices of 8 x 8, 128 bytes in a row.
 #pragma once
 
 #include "cuda/kda_prefill/image.cuh"
 
 namespace kimi::cuda {
 
-// `octet` is one of 8 channels.
+// Where the 16 bytes of lane 4 g + t lie in a piece.
+__device__ __forceinline__ int swizzled(int lane) {
+  return lane ^ lane / 8;
+}
+
 template <int K>
 struct alignas(32) ChunkFactorsSm90 {
-  uint4 k[kGroups][K / 8][kGroup];   // [group][octet][token] -k e^G
-  uint4 q[kGroups][K / 8][kGroup];   // q e^G, the same
-  uint4 kg[kGroups][K / 8][kGroup];  // k e^(G_end - G), the same
+  uint4 k[kGroups][K / 32][kWarp];   // [group][channels 32 j .. + 31][swizzled] -k e^G
+  uint4 q[kGroups][K / 32][kWarp];   // q e^G, the same
+  uint4 kg[kGroups][K / 32][kWarp];  // k e^(G_end - G), the same
   // [column group][row group], zeros above the diagonal.
   uint32_t t[kGroups][kGroups][kWarp];     // T beta: [column, pair of rows]
   uint32_t a_qk[kGroups][kGroups][kWarp];  // A_qk: [row, pair of columns]
@@ -36,13 +42,13 @@ struct alignas(128) ChunkImageSm90 {
 
   // Of all lanes of a warp: `row` is channels 32 j + 8 (lane % 4) .. + 7 of token lane / 4 of the group.
   __device__ __forceinline__ void store_k(int group, int j, int lane, uint4 row) {
-    factors.k[group][4 * j + lane % 4][lane / 4] = row;
+    factors.k[group][j][swizzled(lane)] = row;
   }
   __device__ __forceinline__ void store_q(int group, int j, int lane, uint4 row) {
-    factors.q[group][4 * j + lane % 4][lane / 4] = row;
+    factors.q[group][j][swizzled(lane)] = row;
   }
   __device__ __forceinline__ void store_kg(int group, int j, int lane, uint4 row) {
-    factors.kg[group][4 * j + lane % 4][lane / 4] = row;
+    factors.kg[group][j][swizzled(lane)] = row;
   }
   // tiles[c]: row lane / 4 of the group, columns 2 (lane % 4), + 1 of column group c; zeros above the diagonal.
   __device__ __forceinline__ void store_a_qk(int group, int lane, const uint32_t (&tiles)[kGroups]) {

@@ -9,6 +9,8 @@
 // Long inputs go through the two kernels in segments, so that the workspace stays below kSegmentBytes; the state waits
 // in its slot between them. On Hopper the second kernel has a form of its own (chain_sm90.cuh), and where it leaves
 // multiprocessors idle, segments are short: the first kernel of the next one runs on those beside it.
+#include <cmath>
+
 #include "cuda/common/launch.h"
 #include "cuda/kda_prefill/chain.cuh"
 #include "cuda/kda_prefill/chain_sm90.cuh"
@@ -21,10 +23,12 @@ namespace {
 // Images of 12,000 tokens of 32 heads of 128 x 128. Fewer would leave the chip idle at the end of each kernel more
 // often.
 constexpr int64_t kSegmentBytes = int64_t{384} << 20;
-// Of a segment whose second kernel leaves multiprocessors idle: short, so that the kernels of different segments
-// overlap, but the second one loses about 10 us at each of their ends. Measured at 8,192 tokens: 512 and 1,024 are
-// slower by a fifth and a tenth, 2,048 by 2 % (docs/kda.md).
+// Of a segment whose second kernel leaves multiprocessors idle, at most: short, so that the kernels of different
+// segments overlap, but the second one loses about 10 us at each of their ends (docs/kda.md).
 constexpr int64_t kOverlappedImages = 3072;
+// What the kernels take, in us, by which such segments are sized: the first one of a multiprocessor for an image, the
+// second one for a chunk of a head, whatever the number of heads that have multiprocessors.
+constexpr double kPrepTime = 4.6, kChainTime = 1.1;
 // How far the first kernel looks ahead for inputs (measured: 128 and 256 are alike; 512, a whole wave of blocks,
 // loses).
 constexpr int kPrefetchTokens = 128;
@@ -112,29 +116,50 @@ decltype(auto) dispatch_head(const KdaPrefillParams& p, Run&& run) {
 
 // How the chunks are split into segments, and the workspace for the images of one or, where the kernels of two segments
 // overlap, of two.
+//
+// Segments that overlap. Nothing runs beside the first kernel of the first one, nor beside the second kernel of the
+// last one; between, the first kernel of a segment has the multiprocessors that the second kernel of the one in front
+// leaves. If it needs longer there than that one (many heads), segments are alike but for a shorter last one, else they
+// grow from a short first one.
 struct Plan {
-  int64_t chunks, segments, chunks_per_segment;
-  size_t segment_bytes, workspace_bytes;
+  int64_t chunks, most, first;  // chunks: all, of the largest segment, of the first one
+  double growth = 1.0;          // from segment to segment
+  size_t image_bytes, workspace_bytes;
   bool overlapped = false;
 
   explicit Plan(const KdaPrefillParams& p) {
-    const int64_t image_bytes =
-        p.num_value_heads * dispatch_head(p, [&]<int K>() {
-          return static_cast<int64_t>(use_sm90() ? sizeof(ChunkImageSm90<K>) : sizeof(ChunkImage<K>));
-        });
-    int64_t most = std::max<int64_t>(1, kSegmentBytes / image_bytes);
+    image_bytes = p.num_value_heads * dispatch_head(p, [&]<int K>() {
+                    return use_sm90() ? sizeof(ChunkImageSm90<K>) : sizeof(ChunkImage<K>);
+                  });
     chunks = max_chunks(p.num_tokens, p.num_sequences);
+    most = std::max<int64_t>(1, kSegmentBytes / static_cast<int64_t>(image_bytes));
     // Not with a state in bfloat16, which every end of a segment rounds; nor for many sequences, of which each segment
     // has a few: their states would come and go, and blocks without work take up multiprocessors.
     if (use_sm90() && p.state_dtype == DType::kF32 && p.num_sequences * p.num_value_heads <= multiprocessors()) {
       most = std::min(std::max<int64_t>(1, most / 2), ceil_div(kOverlappedImages, p.num_value_heads));
       overlapped = chunks > most;
     }
-    segments = std::max<int64_t>(1, ceil_div(chunks, most));
-    chunks_per_segment = ceil_div(chunks, segments);
-    segment_bytes = static_cast<size_t>(image_bytes * chunks_per_segment);
-    workspace_bytes = segment_bytes * (overlapped ? 2 : 1);
+    if (overlapped)
+      overlap(p.num_value_heads);
+    else
+      first = most = ceil_div(chunks, ceil_div(chunks, most));
+    workspace_bytes = image_bytes * most * (overlapped ? 2 : 1);
   }
+
+  void overlap(int64_t heads) {
+    const double idle = static_cast<double>(multiprocessors() - ChainRing<Bf16, 128, 128>::kCluster * heads);
+    growth = kChainTime * idle / (kPrepTime * heads);
+    if (growth > 1.0) {
+      first = ceil_div<int64_t>(most, 4);
+    } else {
+      growth = 1.0;
+      const double segments = std::ceil(chunks / static_cast<double>(most) + 0.4);
+      first = most = static_cast<int64_t>(std::ceil(chunks / (segments - 0.4)));
+    }
+  }
+
+  // Chunks of the segment behind one of `previous`.
+  int64_t next(int64_t previous) const { return std::min(most, static_cast<int64_t>(std::ceil(previous * growth))); }
 };
 
 template <typename T, int K, int kWarps>
@@ -186,12 +211,11 @@ void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
   const Plan plan(p);
   segment.forward = plan.overlapped;
   segment.prefetch = plan.overlapped ? kPrefetchTokens : -kPrefetchTokens;
-  for (int64_t index = 0; index < plan.segments; ++index) {
-    const int64_t first = index * plan.chunks_per_segment;
+  int64_t size = plan.first;
+  for (int64_t first = 0, index = 0; first < plan.chunks; first += size, size = plan.next(size), ++index) {
     segment.first = static_cast<int>(first);
-    segment.count = static_cast<int>(std::min(plan.chunks_per_segment, plan.chunks - first));
-    if (segment.count <= 0) break;
-    segment.images = static_cast<char*>(p.workspace) + (plan.overlapped ? index % 2 * plan.segment_bytes : 0);
+    segment.count = static_cast<int>(std::min(size, plan.chunks - first));
+    segment.images = static_cast<char*>(p.workspace) + (plan.overlapped ? index % 2 * plan.image_bytes * plan.most : 0);
     const dim3 blocks(static_cast<unsigned>(p.num_value_heads), static_cast<unsigned>(segment.count));
     launch({.overlap = plan.overlapped && index > 0}, kda_prep_kernel<T, K, Image>, blocks, dim3(kPrepThreads),
            sizeof(PrepShared<K>), stream, p, segment);

@@ -111,6 +111,27 @@ __device__ __forceinline__ void store_state(const float (&s)[4 * J][4], const St
   });
 }
 
+// Two channels of the pool, one by one.
+__device__ __forceinline__ float2 load_pair(const StateRows& rows, int at) {
+  if (rows.dtype == DType::kF32) {
+    const float* from = static_cast<const float*>(rows.data) + at;
+    return make_float2(__ldcg(from), __ldcg(from + 1));
+  }
+  const Bf16* from = static_cast<const Bf16*>(rows.data) + at;
+  return make_float2(to_float(__ldcg(from)), to_float(__ldcg(from + 1)));
+}
+__device__ __forceinline__ void store_pair(const StateRows& rows, int at, float x, float y) {
+  if (rows.dtype == DType::kF32) {
+    float* to = static_cast<float*>(rows.data) + at;
+    to[0] = x;
+    to[1] = y;
+  } else {
+    Bf16* to = static_cast<Bf16*>(rows.data) + at;
+    to[0] = from_float<Bf16>(x);
+    to[1] = from_float<Bf16>(y);
+  }
+}
+
 // One token of one value head as memory has it (g with dt_bias added), element by element: lane l holds key channels
 // 32 j + l.
 template <int J>

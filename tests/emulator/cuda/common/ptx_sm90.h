@@ -28,6 +28,9 @@ inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
 inline void mbarrier_wait(uint64_t* barrier, int parity) {
   emulator::mbarrier_wait(barrier, parity);
 }
+inline void cp_async_mbarrier_arrive(uint64_t* barrier) {
+  emulator::mbarrier_arrive_after_copies(barrier);
+}
 
 // ---- Bulk copies ---------------------------------------------------------------------------------------------------
 
@@ -69,6 +72,10 @@ template <bool kMnMajor>
 uint64_t wgmma_descriptor(const void* shared, int k_stride, int column_stride) {
   return uint64_t{emulator::shared_address(shared)} >> 4 | uint64_t(k_stride >> 4) << 16 |
          uint64_t(column_stride >> 4) << 32;
+}
+
+inline uint64_t wgmma_descriptor_swizzle_64(const void* shared, int across, int down) {
+  return wgmma_descriptor<false>(shared, across, down) | uint64_t{2} << 62;
 }
 
 template <bool kMnMajor, int kTiles>
