@@ -241,7 +241,7 @@ def main() -> int:
     except ImportError as error:
         print(f"fla-core with what it needs (triton, einops) and kimi_native must be importable: {error}")
         return 2
-    options = ["-q", "-c", os.devnull, "--rootdir", str(args.checkout), "-p", "no:cacheprovider", "--disable-warnings"]
+    options = ["-q", "-c", os.devnull, "--rootdir", str(args.checkout), "-p", "no:cacheprovider", "-p", "no:xdist", "--disable-warnings"]
     code = pytest.main([*options, str(tests), *pytest_args], plugins=[plugin])
     import fla
 

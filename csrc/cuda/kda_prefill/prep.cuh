@@ -17,7 +17,7 @@
 // inverses of the diagonal blocks of I + A_kk; 5 T by forward substitution over the groups.
 //
 // Bytes: 48 KB read and 59 to 65 KB written a block at K = 128: 27 ns at 4.27 TB/s, or 6,200 cycles for a
-// multiprocessor at 1.76 GHz. The block's 15,500 warp instructions take 3,900 cycles at best and 9,000 in fact, beside
+// multiprocessor at 1.76 GHz. The block's 16,000 warp instructions take 4,000 cycles at best and 8,100 in fact, beside
 // a second block: docs/kda.md says what they wait for.
 #pragma once
 
