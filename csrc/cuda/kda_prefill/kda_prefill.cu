@@ -152,7 +152,7 @@ struct Plan {
     if (growth > 1.0) {
       first = ceil_div<int64_t>(most, 4);
     } else {
-      growth = 1.0;
+      growth = 1.0;  // and the last one 0.6 of the others
       const double segments = std::ceil(chunks / static_cast<double>(most) + 0.4);
       first = most = static_cast<int64_t>(std::ceil(chunks / (segments - 0.4)));
     }
