@@ -1,6 +1,7 @@
 // Part of test_cuda_common: what only Hopper has (csrc/cuda/common/ptx_sm90.h), on one or in the emulator.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -21,18 +22,36 @@ struct WgmmaShared {
   uint64_t barrier;
 };
 
-// d [64, 8 kTiles] = a b for a [64, 16] row-major and b in global memory as wgmma wants it in shared memory: blocks of
-// 8 x 8 elements, 128 bytes each, `k_stride` and `column_stride` apart. In two halves: the second product is
-// accumulated.
+// Of the right operand in shared memory: blocks of 8 x 8 elements, 128 bytes each; or, swizzled, pieces of 8 rows of 64
+// bytes. The strides go from one of those to the next along k and along columns. Where rows hold 32 elements along k,
+// the 16 of the product begin at `first`.
+struct WgmmaLayout {
+  int k_stride, column_stride;
+  bool swizzled = false;
+  int first = 0;
+};
+
+// Where element (k, n) lies.
+template <bool kMnMajor>
+int place_in(const WgmmaLayout& b, int k, int n) {
+  const int row = kMnMajor ? k : n, column = kMnMajor ? n : b.first + k;  // `column` is contiguous
+  if (!b.swizzled) return k / 8 * b.k_stride + n / 8 * b.column_stride + row % 8 * 16 + column % 8 * 2;
+  const int sixteen_bytes = column % 32 / 8 ^ row % 8 / 2;
+  return k / 8 * (kMnMajor ? b.k_stride : 0) + (kMnMajor ? n / 32 : n / 8) * b.column_stride + row % 8 * 64 +
+         sixteen_bytes * 16 + column % 8 * 2;
+}
+
+// d [64, 8 kTiles] = a b for a [64, 16] row-major and b in global memory as wgmma wants it in shared memory. In two
+// halves: the second product is accumulated.
 template <bool kMnMajor, int kTiles>
-__global__ void product_of_warpgroup(const Fp16* a, const unsigned char* b, float* d, int k_stride, int column_stride) {
+__global__ void product_of_warpgroup(const Fp16* a, const unsigned char* b, float* d, WgmmaLayout layout) {
   if constexpr (kHasSm90) {
     auto& shared = shared_memory<WgmmaShared>();
     if (threadIdx.x == 0) {
       mbarrier_init(&shared.barrier, 1);
       mbarrier_init_fence();
-      mbarrier_arrive_expect_tx(&shared.barrier, 16 * 8 * kTiles * 2);
-      bulk_copy(shared.b, b, 16 * 8 * kTiles * 2, &shared.barrier);
+      mbarrier_arrive_expect_tx(&shared.barrier, sizeof(shared.b));
+      bulk_copy(shared.b, b, sizeof(shared.b), &shared.barrier);
     }
     __syncthreads();
     mbarrier_wait(&shared.barrier, 0);
@@ -45,7 +64,11 @@ __global__ void product_of_warpgroup(const Fp16* a, const unsigned char* b, floa
     }
     float result[kTiles][4];
     for (int i = 0; i < kTiles * 4; ++i) result[i / 4][i % 4] = 1e6f;
-    const uint64_t descriptor = wgmma_descriptor<kMnMajor>(shared.b, k_stride, column_stride);
+    uint64_t descriptor = wgmma_descriptor<kMnMajor>(shared.b, layout.k_stride, layout.column_stride);
+    if (layout.swizzled) {
+      descriptor = kMnMajor ? wgmma_descriptor_swizzle_64(shared.b, layout.column_stride, layout.k_stride)
+                            : wgmma_descriptor_swizzle_64(shared.b, 0, layout.column_stride) + layout.first / 8;
+    }
     wgmma_fence();
     for (int i = 0; i < 2; ++i) {
       if constexpr (kTiles == 8)
@@ -65,21 +88,18 @@ __global__ void product_of_warpgroup(const Fp16* a, const unsigned char* b, floa
 }
 
 template <bool kMnMajor, int kTiles>
-void test_product_of_warpgroup(Checker& checker, const char* name, int k_stride, int column_stride) {
+void test_product_of_warpgroup(Checker& checker, const char* name, const WgmmaLayout& layout) {
   const int columns = 8 * kTiles;
   const auto a = random_elements<Fp16>(64 * 16, 21), b = random_elements<Fp16>(16 * columns, 22);  // b: [16, columns]
-  std::vector<unsigned char> image(16 * columns * 2);
+  std::vector<unsigned char> image(sizeof(WgmmaShared::b), 0x3c);  // about 1 where no element is
   for (int k = 0; k < 16; ++k) {
-    for (int n = 0; n < columns; ++n) {
-      const int inside = kMnMajor ? k % 8 * 16 + n % 8 * 2 : n % 8 * 16 + k % 8 * 2;
-      std::memcpy(&image[k / 8 * k_stride + n / 8 * column_stride + inside], &b[k * columns + n], 2);
-    }
+    for (int n = 0; n < columns; ++n) std::memcpy(&image[place_in<kMnMajor>(layout, k, n)], &b[k * columns + n], 2);
   }
   Buffer<Fp16> device_a(a);
   Buffer<unsigned char> device_image(image);
   Buffer<float> device_d(64 * columns);
   launch(product_of_warpgroup<kMnMajor, kTiles>, 1, 128, sizeof(WgmmaShared), nullptr, device_a.get(),
-         device_image.get(), device_d.get(), k_stride, column_stride);
+         device_image.get(), device_d.get(), layout);
   const auto d = device_d.read();
   double worst = 0;
   for (int m = 0; m < 64; ++m) {
@@ -93,6 +113,30 @@ void test_product_of_warpgroup(Checker& checker, const char* name, int k_stride,
     }
   }
   checker.check(worst < 1e-4, name);
+}
+
+struct ArriveShared {
+  alignas(16) int values[4 * 128];
+  uint64_t full;
+};
+
+// out[i] = in[511 - i]: the copies of all threads arrive at a barrier.
+__global__ void copies_that_arrive(const int* in, int* out) {
+  if constexpr (kHasSm90) {
+    auto& shared = shared_memory<ArriveShared>();
+    const int i = threadIdx.x;
+    if (i == 0) {
+      mbarrier_init(&shared.full, 128);
+      mbarrier_init_fence();
+    }
+    __syncthreads();
+    cp_async_16(&shared.values[4 * i], in + 4 * i);
+    cp_async_mbarrier_arrive(&shared.full);
+    mbarrier_wait(&shared.full, 0);
+    for (int at = 4 * i; at < 4 * i + 4; ++at) out[at] = shared.values[511 - at];
+  } else {
+    __trap();
+  }
 }
 
 struct ClusterShared {
@@ -165,13 +209,20 @@ __global__ void transpose_by_stmatrix(uint16_t* out) {
 
 void test_sm90(Checker& checker) {
   if (!kHasSm90 && compute_capability() != 90) return;  // the emulator has all of it
-  test_product_of_warpgroup<false, 8>(checker, "wgmma 64 x 64, k contiguous, blocks along k first", 128, 256);
-  test_product_of_warpgroup<false, 8>(checker, "wgmma 64 x 64, k contiguous, blocks along columns first", 1024, 128);
-  test_product_of_warpgroup<true, 8>(checker, "wgmma 64 x 64, columns contiguous", 1024, 128);
-  test_product_of_warpgroup<true, 16>(checker, "wgmma 64 x 128, columns contiguous, blocks along columns first", 2048,
-                                      128);
-  test_product_of_warpgroup<true, 16>(checker, "wgmma 64 x 128, columns contiguous, blocks along k first", 128, 256);
-  test_product_of_warpgroup<false, 16>(checker, "wgmma 64 x 128, k contiguous", 128, 256);
+  test_product_of_warpgroup<false, 8>(checker, "wgmma 64 x 64, k contiguous, blocks along k first", {128, 256});
+  test_product_of_warpgroup<false, 8>(checker, "wgmma 64 x 64, k contiguous, blocks along columns first", {1024, 128});
+  test_product_of_warpgroup<true, 8>(checker, "wgmma 64 x 64, columns contiguous", {1024, 128});
+  test_product_of_warpgroup<true, 16>(checker, "wgmma 64 x 128, columns contiguous, blocks along columns first",
+                                      {2048, 128});
+  test_product_of_warpgroup<true, 16>(checker, "wgmma 64 x 128, columns contiguous, blocks along k first", {128, 256});
+  test_product_of_warpgroup<false, 16>(checker, "wgmma 64 x 128, k contiguous", {128, 256});
+  test_product_of_warpgroup<false, 8>(checker, "wgmma 64 x 64, k contiguous, swizzled", {0, 512, true});
+  test_product_of_warpgroup<false, 8>(checker, "wgmma 64 x 64, k contiguous, swizzled, second half of the rows",
+                                      {0, 512, true, 16});
+  test_product_of_warpgroup<true, 8>(checker, "wgmma 64 x 64, columns contiguous, swizzled", {1024, 512, true});
+  test_product_of_warpgroup<true, 16>(checker, "wgmma 64 x 128, columns contiguous, swizzled", {2048, 512, true});
+  test_product_of_warpgroup<true, 16>(checker, "wgmma 64 x 128, columns contiguous, swizzled, pieces along k first",
+                                      {512, 1024, true});
 
   Buffer<uint16_t> matrices(256);
   launch(transpose_by_stmatrix, 1, 32, sizeof(StmatrixShared), nullptr, matrices.get());
@@ -188,6 +239,13 @@ void test_sm90(Checker& checker) {
   checker.check(std::equal(numbers.begin(), numbers.end(), got.begin()) &&
                     std::equal(numbers.begin(), numbers.end(), got.begin() + 256),
                 "bulk copies to both blocks of a cluster");
+  std::vector<int> reversed(512);
+  for (int i = 0; i < 512; ++i) reversed[i] = 3 * i;
+  Buffer<int> forwards(reversed), backwards(512);
+  launch(copies_that_arrive, 1, 128, sizeof(ArriveShared), nullptr, forwards.get(), backwards.get());
+  std::reverse(reversed.begin(), reversed.end());
+  checker.check(backwards.read() == reversed, "copies of threads that arrive at a barrier");
+
   launch(barrier_votes, 1, 128, 0, nullptr, votes.get(), 17);
   const auto vote = votes.read();
   bool right = true;

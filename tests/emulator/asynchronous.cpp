@@ -276,7 +276,10 @@ void end_a_copy(bool idle) {
   for (const Copy& part : copy.of_thread) finish(part);
   if (MBarrier* barrier = find_barrier(copy.rank, copy.barrier)) {
     barrier->bytes -= copy.bytes;
-    if (copy.bytes == 0) --barrier->pending;
+    if (copy.bytes == 0) {
+      if (barrier->pending == 0) return note_failure("more arrivals at an mbarrier than it expects");
+      --barrier->pending;
+    }
     end_phase_if_complete(*barrier);
   }
 }
@@ -311,7 +314,7 @@ void mbarrier_wait(uint64_t* barrier, int parity) {
 }
 
 void mbarrier_arrive_after_copies(uint64_t* barrier) {
-  if (need_barrier(-1, barrier).pending == 0) fail("more arrivals at an mbarrier than it expects");
+  need_barrier(-1, barrier);
   bulk_copies.push_back({next_random() % 2 == 0, current->rank, 0, shared_address(barrier), 0, nullptr, take_copies()});
 }
 

@@ -197,6 +197,25 @@ __global__ void bulk_copies(const int* in, int* out, int mode) {
   mbarrier_wait(full, 0);
 }
 
+// Each thread's copy arrives at the barrier. Modes: 0 right, 1 nobody waits, 2 the threads arrive, not their copies, 3
+// they arrive though the barrier only waits for bytes.
+__global__ void copies_that_arrive(const int* in, int* out, int mode) {
+  auto& shared = shared_memory<CopyShared>();
+  uint64_t* full = &shared.full[0];
+  const int i = threadIdx.x;
+  if (i == 0) {
+    mbarrier_init(full, mode == 3 ? 1 : kThreads);
+    mbarrier_init_fence();
+    if (mode == 3) mbarrier_arrive_expect_tx(full, 16);
+  }
+  __syncthreads();
+  cp_async_4(&shared.values[0][i], in + i);
+  mode == 2 ? mbarrier_arrive(full) : cp_async_mbarrier_arrive(full);
+  if (mode != 1) mbarrier_wait(full, 0);
+  out[i] = shared.values[0][kThreads - 1 - i];
+  mbarrier_wait(full, 0);
+}
+
 // out[i] = sum over eight rounds of (round + 1) in[i], through a ring of two stages. Wrong: without waiting until a
 // stage has been read.
 __global__ void ring(const int* in, int* out, bool wait) {
@@ -434,6 +453,12 @@ int run() {
   t.error("an odd bulk copy", "not of multiples of 16", bulk_copies, in, out, 5);
   t.error("too many arrivals", "more arrivals at an mbarrier than it expects", bulk_copies, in, out, 6);
   const auto in_ring = [&](int i) { return 36 * input(i); };
+  const auto backwards = [&](int i) { return input(kThreads - 1 - i); };
+  t.right("copies that arrive", backwards, copies_that_arrive, in, out, 0);
+  t.wrong("nobody waits for copies that arrive", backwards, copies_that_arrive, in, out, 1);
+  t.wrong("threads that arrive before their copies", backwards, copies_that_arrive, in, out, 2);
+  t.error("too many copies that arrive", "more arrivals at an mbarrier than it expects", copies_that_arrive, in, out,
+          3);
   t.right("a ring of two stages", in_ring, ring, in, out, true);
   t.error("a ring that is filled too early", "threads wait for ever", ring, in, out, false);
 
