@@ -624,7 +624,7 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
   if constexpr (Ring::kCluster > 1) cluster_sync();  // nobody leaves while others copy to it, or arrive at its barriers
 }
 
-// SASS: tensor cores, 16-byte loads, stack 16 (what is read once a chunk; registers are full)
+// SASS: tensor cores, 16-byte loads, stack 8 (an address that is read behind the last chunk; registers are full)
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kChainThreadsSm90, 1)
     kda_chain_sm90_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
