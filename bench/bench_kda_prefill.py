@@ -73,7 +73,7 @@ def job(
     initial = torch.randn(num_sequences, heads, DIM, DIM, device=device)
     state, out = initial.clone(), torch.full_like(x.v, float("nan"))
     slots, cu_seqlens = torch.arange(num_sequences, dtype=torch.int32, device=device), packed(lengths, device)
-    options = {"gate": gate, "A_log": x.A_log, "dt_bias": x.dt_bias, "lower_bound": LOWER_BOUND}
+    options = {"gate": gate, "A_log": x.A_log, "dt_bias": x.dt_bias, "lower_bound": LOWER_BOUND, "max_seqlen": max(lengths)}
 
     def ours() -> None:
         kda_prefill(x.q, x.k, x.v, x.g, x.beta, state, slots, cu_seqlens, out=out, **options)  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ def ours(x: Inputs, num_tokens: int) -> tuple[Tensor, Tensor]:
     slots = torch.zeros(1, dtype=torch.int32, device=x.q.device)
     cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32, device=x.q.device)
     q, k, v, g, beta = (t[:num_tokens] for t in (x.q, x.k, x.v, x.g, x.beta))
-    return kda_prefill(q, k, v, g, beta, state, slots, cu_seqlens, gate="log_decay"), state[0]
+    return kda_prefill(q, k, v, g, beta, state, slots, cu_seqlens, gate="log_decay", max_seqlen=num_tokens), state[0]
 
 
 def fla_way() -> Way | None:

@@ -67,8 +67,9 @@ class Prefill(Hybrid):
         q, k, v = mixed.view(-1, 3, HEADS, DIM).unbind(1)
         forget, beta = F.linear(y, self.forget).view(-1, HEADS, DIM), F.linear(y, self.beta)
         o = ops.kda_prefill(
-            q, k, v, forget, beta, self.state, slots, cu_seqlens, A_log=self.A_log, dt_bias=self.dt_bias, has_initial_state=has_state
-        )
+            q, k, v, forget, beta, self.state, slots, cu_seqlens, A_log=self.A_log, dt_bias=self.dt_bias, has_initial_state=has_state,
+            max_seqlen=x.shape[0],  # a length that stays symbolic where tracing makes it so
+        )  # fmt: skip
         o = ops.gated_rms_norm(o, F.linear(y, self.gate).view(-1, HEADS, DIM), self.o_norm)
         x = x + ops.batch_invariant_linear(o.flatten(1), self.o_proj)
 

@@ -11,6 +11,7 @@ from kit import DEVICES, assert_close, assert_same_bits, cuda_backend, graph_rep
 from spec.kda_prefill import MAX_R, MAX_R_CHUNKED, MAX_R_STATE, MAX_R_STATE_CHUNKED, kda
 
 from kimi_native.compat.fla import chunk_kda, fused_recurrent_kda, fused_recurrent_kda_fwd
+from kimi_native.compat.fla import run as run_module
 from kimi_native.compat.fla.run import padded_sizes
 
 FUNCTIONS = [chunk_kda, fused_recurrent_kda]
@@ -300,6 +301,31 @@ def test_intermediate_states(dtype, bounds, given, state_v_first, device):
         assert_same_bits(again, chunks)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@BOTH
+@pytest.mark.parametrize(
+    "batch, cu_seqlens, longest",
+    [(2, None, 90), (1, [0, 20, 90], 70), (1, [0, 0], 0), (1, [0], 0)],
+    ids=["dense", "packed", "empty", "none"],
+)
+def test_the_longest_length_is_passed_where_the_host_knows_it(batch, cu_seqlens, longest, function, device, monkeypatch):
+    passed = []
+    right = run_module.kda_prefill
+    monkeypatch.setattr(run_module, "kda_prefill", lambda *args, **kwargs: (passed.append(kwargs["max_seqlen"]), right(*args, **kwargs))[1])
+    args = problem(batch, 90, 1, 1, 16, 16, device=device)
+    if cu_seqlens is not None:
+        args["cu_seqlens"] = torch.tensor(cu_seqlens, device=device)
+    function(**args)
+    assert passed.pop() == (0 if device == "cuda" and cu_seqlens is not None else longest)
+    if function is chunk_kda and cu_seqlens is not None:
+        function(**args, cu_seqlens_cpu=torch.tensor(cu_seqlens))
+        assert passed.pop() == longest
+    if function is chunk_kda:
+        function(**args, return_intermediate_states=True)
+        assert passed.pop() == longest
+    assert not passed
+
+
 # ---- states in place and in a pool ------------------------------------------------------------------------------------------------
 
 
@@ -487,11 +513,15 @@ def test_gradients(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @BOTH
-@pytest.mark.parametrize("tokens", [1, 70])
-def test_compile(tokens, function, device):
+@pytest.mark.parametrize(
+    "batch, tokens, cu_seqlens", [(2, 1, None), (2, 70, None), (1, 70, [0, 20, 70])], ids=["decode", "dense", "packed"]
+)
+def test_compile(batch, tokens, cu_seqlens, function, device):
     skip_if_emulated("torch.compile")
     torch._dynamo.reset()
-    args = problem(2, tokens, 1, 2, 32, 20, gate="softplus", step="doubled", device=device)
+    args = problem(batch, tokens, 1, 2, 32, 20, gate="softplus", step="doubled", device=device)
+    if cu_seqlens is not None:
+        args["cu_seqlens"] = torch.tensor(cu_seqlens, device=device)
     compiled = torch.compile(lambda **more: function(**args, **more), fullgraph=True, backend="aot_eager")
     initial = states(2, args, False)
     for a, b in zip(compiled(initial_state=initial), function(**args, initial_state=initial), strict=True):

@@ -340,6 +340,19 @@ def test_the_same_bits_in_a_batch_that_fills_the_device(device):
     assert_same_bits(alone_state[slot], state[slot])
 
 
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("key_dim, value_dim", [(48, 32), (64, 64), (128, 128)])
+@pytest.mark.parametrize("lengths", [[200], [30, 1, 0, 130]])
+def test_the_same_bits_for_every_max_seqlen(lengths, key_dim, value_dim, dtype, device):
+    args = on(device, problem(lengths, 1, 2, key_dim, value_dim, dtype))
+    state = args["state"].clone()
+    out = kda_prefill(**args | {"state": state})
+    for max_seqlen in (0, max(lengths), 1, 64, 2**40):  # not known, right, too small, too large
+        again = args["state"].clone()
+        assert_same_bits(kda_prefill(**args | {"state": again}, max_seqlen=max_seqlen), out, f"max_seqlen = {max_seqlen}")
+        assert_same_bits(again, state, f"state, max_seqlen = {max_seqlen}")
+
+
 @needs_cpu_backend
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("heads, value_heads", [(1, 1), (2, 6)])
@@ -547,6 +560,7 @@ def test_opcheck(device):
     opcheck(torch.ops.kimi_native.kda_prefill, operator_arguments(args, out))
     flags, snapshots = torch.tensor([True, False], device=device), i32(-1, 0, device=device).view(2, 1)
     opcheck(torch.ops.kimi_native.kda_prefill, operator_arguments(args, out, flags, snapshots))
+    opcheck(torch.ops.kimi_native.kda_prefill, (*operator_arguments(args, out), 66))
 
 
 @pytest.mark.skipif(kimi_native._C is None, reason="built without the pybind11 module")
@@ -564,6 +578,8 @@ def test_entry_on_raw_pointers(size, device):
         setattr(p, name, args[name].data_ptr())
     p.out = out.data_ptr()
     p.num_tokens, p.num_sequences, p.num_heads, p.num_value_heads, p.key_dim, p.value_dim = 70, 2, 1, 2, size, size
+    assert p.max_seqlen == 0
+    p.max_seqlen = 66
     for name in ("q", "k", "v", "g", "beta"):
         setattr(p, f"{name}_token_stride", args[name].stride(0))
         setattr(p, f"{name}_head_stride", args[name].stride(1))
@@ -601,6 +617,7 @@ def test_entry_on_raw_pointers(size, device):
         ({"has_initial_state": torch.ones(1)}, "has_initial_state must be bool"),
         ({"snapshot_slots": i32(1)}, "snapshot_slots must have shape \\[1, \\*\\]"),
         ({"out": torch.zeros(6, 4, 17)}, "out must have shape"),
+        ({"max_seqlen": -1}, "max_seqlen must not be negative, got -1"),
     ],
 )
 def test_bad_input_is_named(change, text):

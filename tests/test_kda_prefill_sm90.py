@@ -20,6 +20,7 @@ from test_kda_prefill import (  # noqa: F401
     test_options,
     test_skipped_sequences_padding_and_strides,
     test_snapshots_are_the_states_of_the_prefixes,
+    test_the_same_bits_for_every_max_seqlen,
     test_the_same_bits_for_every_split_after_whole_chunks,
     test_the_same_bits_in_a_batch_that_fills_the_device,
     test_values_of_any_magnitude,

@@ -207,7 +207,9 @@ def test_ragged_batch(ours: Zoo, variant):
         """`prefill`: (text, how many tokens)."""
         chunks = [(sequences[i], texts[i][sequences[i].num_tokens :][:count]) for i, count in prefill]
         ones = [(sequences[i], texts[i][sequences[i].num_tokens]) for i in decode]
-        logits = model.forward(make_batch(chunks, ones, model.device), kda, latent)
+        batch = make_batch(chunks, ones, model.device)
+        assert batch.prefill_max_seqlen == max((count for _, count in prefill), default=0)
+        logits = model.forward(batch, kda, latent)
         counts = [len(chunk) for _, chunk in chunks] + [1] * len(ones)
         for i, part in zip([i for i, _ in prefill] + decode, logits.split(counts), strict=True):
             parts[i].append(part)

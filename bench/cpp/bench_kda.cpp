@@ -82,6 +82,7 @@ Case prefill(Harness& h, const Lengths& lengths, int64_t heads, KdaGate gate, DT
   p.out = out.data();
   p.num_tokens = num_tokens;
   p.num_sequences = num_sequences;
+  p.max_seqlen = *std::max_element(lengths.begin(), lengths.end());
   p.num_heads = p.num_value_heads = heads;
   p.key_dim = p.value_dim = kDim;
   p.q_token_stride = p.k_token_stride = p.v_token_stride = p.g_token_stride = p.out_token_stride = heads * kDim;

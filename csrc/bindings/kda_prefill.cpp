@@ -24,6 +24,7 @@ static const Register kda_prefill([](Module& m) {
       .value("num_tokens", &P::num_tokens)
       .value("num_sequences", &P::num_sequences)
       .value("num_snapshots", &P::num_snapshots)
+      .value("max_seqlen", &P::max_seqlen)
       .value("num_heads", &P::num_heads)
       .value("num_value_heads", &P::num_value_heads)
       .value("key_dim", &P::key_dim)

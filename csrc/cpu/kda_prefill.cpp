@@ -94,6 +94,7 @@ void kimi::validate(const KdaPrefillParams& p) {
   check_kda(p, "kda_prefill");
   KIMI_CHECK(p.num_tokens >= 0, "kda_prefill: num_tokens must not be negative, got ", p.num_tokens);
   KIMI_CHECK(p.num_snapshots >= 0, "kda_prefill: num_snapshots must not be negative, got ", p.num_snapshots);
+  KIMI_CHECK(p.max_seqlen >= 0, "kda_prefill: max_seqlen must not be negative, got ", p.max_seqlen);
   if (p.num_tokens == 0 || p.num_sequences == 0) return;
   KIMI_CHECK(p.q && p.k && p.v && p.g && p.beta && p.state && p.slots && p.cu_seqlens && p.out && p.workspace,
              "kda_prefill: q, k, v, g, beta, state, slots, cu_seqlens, out and workspace must not be null");

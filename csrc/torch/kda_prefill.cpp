@@ -9,11 +9,12 @@ void kda_prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  const Tensor& state, const Tensor& slots, const Tensor& cu_seqlens, const OptionalTensor& A_log,
                  const OptionalTensor& dt_bias, const OptionalTensor& has_initial_state,
                  const OptionalTensor& snapshot_slots, int64_t gate, double lower_bound, double scale,
-                 bool use_qk_l2norm, bool use_beta_sigmoid, const Tensor& out) {
+                 bool use_qk_l2norm, bool use_beta_sigmoid, const Tensor& out, int64_t max_seqlen) {
   KIMI_CHECK(q.dim() == 3, "kda_prefill: q must have shape [num_tokens, num_heads, key_dim], got ", shape_of(q));
   KdaPrefillParams p;
   p.num_tokens = q.size(0);
   p.num_heads = q.size(1);
+  p.max_seqlen = max_seqlen;
   p.dtype = dtype_of(q, "kda_prefill: q");
   set_sizes(p, "kda_prefill", state, slots);
   set_qkv(p, "kda_prefill", q, k, v, 1);
@@ -46,11 +47,13 @@ void kda_prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 }  // namespace
 }  // namespace kimi::torch_glue
 
+// max_seqlen is a SymInt, so that a length which a trace keeps symbolic stays so.
 STABLE_TORCH_LIBRARY_FRAGMENT(kimi_native, m) {
   m.def(
       "kda_prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, Tensor slots, "
       "Tensor cu_seqlens, Tensor? A_log, Tensor? dt_bias, Tensor? has_initial_state, Tensor? snapshot_slots, int gate, "
-      "float lower_bound, float scale, bool use_qk_l2norm, bool use_beta_sigmoid, Tensor(b!) out) -> ()");
+      "float lower_bound, float scale, bool use_qk_l2norm, bool use_beta_sigmoid, Tensor(b!) out, SymInt max_seqlen=0) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_native, CPU, m) {

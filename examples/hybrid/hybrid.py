@@ -42,7 +42,7 @@ class KdaLayer(nn.Module):
         q, k, v = mixed.view(-1, 3, H, K).unbind(1)
         o = ops.kda_prefill(
             q, k, v, forget.view(-1, H, K), beta.view(-1, H), state, slots, cu_seqlens,
-            A_log=self.A_log, dt_bias=self.dt_bias, has_initial_state=fresh,
+            A_log=self.A_log, dt_bias=self.dt_bias, has_initial_state=fresh, max_seqlen=length,
         )  # fmt: skip
         return ops.gated_rms_norm(o, gate.view(-1, H, K), self.out_norm).view(batch, length, H * K)
 

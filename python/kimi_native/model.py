@@ -75,6 +75,7 @@ class Batch:
     num_prefill_tokens: int
     prefill_slots: Tensor  # [N] int32
     prefill_cu_seqlens: Tensor  # [N + 1] int32
+    prefill_max_seqlen: int  # tokens of the longest of these sequences in this step
     prefill_has_state: Tensor  # [N] bool: continues from its slot
     prefill_pieces: list[PrefixPiece]  # the keys of these sequences
     # decode, B sequences of one token
@@ -98,6 +99,7 @@ class Batch:
             num_prefill_tokens=0,
             prefill_slots=nobody,
             prefill_cu_seqlens=nobody,
+            prefill_max_seqlen=0,
             prefill_has_state=nobody.bool(),
             prefill_pieces=[],
             decode_slots=slots,
@@ -187,6 +189,7 @@ def make_batch(
         num_prefill_tokens=ends[-1],
         prefill_slots=i32([s.slot for s, _ in prefill]),
         prefill_cu_seqlens=i32(ends),
+        prefill_max_seqlen=max((len(chunk) for _, chunk in prefill), default=0),
         prefill_has_state=there([s.num_tokens > 0 for s, _ in prefill], torch.bool),
         prefill_pieces=PrefixPiece.of([(s, len(chunk)) for s, chunk in prefill], device),
         decode_slots=i32([s.slot for s, _ in decode]),
@@ -401,6 +404,7 @@ class KimiLinear:
             o = ops.kda_prefill(
                 q, k, v, forget[:split], beta[:split], states, batch.prefill_slots, batch.prefill_cu_seqlens,
                 gate="softplus", A_log=w.A_log, dt_bias=w.dt_bias, has_initial_state=batch.prefill_has_state,
+                max_seqlen=batch.prefill_max_seqlen,
             )  # fmt: skip
             ops.gated_rms_norm(o, gate[:split], w.o_norm, c.rms_norm_eps, out=out[:split])
         if batch.num_decode:

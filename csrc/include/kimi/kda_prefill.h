@@ -29,6 +29,8 @@ struct KdaPrefillParams {
   int64_t num_tokens = 0;  // those outside of all sequences are neither read nor written
   int64_t num_sequences = 0;
   int64_t num_snapshots = 0;
+  int64_t max_seqlen = 0;  // tokens of the longest sequence if the host knows it, else 0; a hint: whatever it is,
+                           // results are the same, only speed may depend on it
   int64_t num_heads = 0;
   int64_t num_value_heads = 0;  // a multiple of num_heads
   int64_t key_dim = 0;          // multiples of 16 from 16 to 256

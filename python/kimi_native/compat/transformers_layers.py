@@ -140,7 +140,8 @@ class NativeDeltaAttention(KimiLinearDeltaAttention):
         q, k, v = mixed.view(-1, 3, heads, dim).unbind(1)
         forget, output_gate = (t.view(-1, heads, dim) for t in (forget, output_gate))
         o = ops.kda_prefill(
-            q, k, v, forget, beta.flatten(0, 1), state, slots, starts, A_log=A_log, dt_bias=dt_bias, has_initial_state=has_state
+            q, k, v, forget, beta.flatten(0, 1), state, slots, starts, A_log=A_log, dt_bias=dt_bias, has_initial_state=has_state,
+            max_seqlen=num_new,
         )  # fmt: skip
         return ops.gated_rms_norm(o, output_gate, norm.weight, norm.variance_epsilon, out=o)
 

@@ -39,6 +39,7 @@ def kda_prefill(
     has_initial_state: Tensor | None = None,
     snapshot_slots: Tensor | None = None,
     out: Tensor | None = None,
+    max_seqlen: int = 0,
 ) -> Tensor:
     """Kimi Delta Attention of T packed tokens of N sequences; each continues from, and leaves its state in, its slot.
 
@@ -76,6 +77,8 @@ def kda_prefill(
         snapshot_slots: ``[N, M]`` int32; ``[n, m]`` is the slot that gets a copy of sequence n's state after its first
             ``(m + 1) * 64`` tokens of this call, if it has that many. -1: none.
         out: where to write. A new tensor by default.
+        max_seqlen: length of the longest sequence of this call in tokens, for callers that know it on the host; 0: not known.
+            A hint, on which only speed may depend: the result has the same bits whatever it says, right or wrong.
 
     Returns:
         ``out``, ``[T, HV, V]`` in the dtype of ``q``; fp32 inside, one rounding at the end. On a GPU 16-bit inputs with
@@ -83,7 +86,8 @@ def kda_prefill(
         rounding, of the state up to 7e-4 (docs/kda.md).
 
     Raises:
-        RuntimeError: shapes, dtypes, devices or options do not agree or are not supported; the text names the culprit.
+        RuntimeError: shapes, dtypes, devices or options do not agree or are not supported, or ``max_seqlen`` is negative; the text
+            names the culprit.
         ValueError: an unknown ``gate``.
 
     A sequence's result is the same bits whatever its neighbours. On a CPU also for any number of threads and any way to
@@ -111,6 +115,7 @@ def kda_prefill(
         use_qk_l2norm,
         use_beta_sigmoid,
         out,
+        max_seqlen,
     )
     return out
 
@@ -135,5 +140,6 @@ def _(
     use_qk_l2norm: bool,
     use_beta_sigmoid: bool,
     out: Tensor,
+    max_seqlen: int = 0,
 ) -> None:
     return None

@@ -108,7 +108,8 @@ def chunk_kda(
             ``cu_seqlens`` B is 1 and the lengths are read from ``cu_seqlens_cpu``, or from the device, which synchronises.
         state_v_first: states have shape ``[N, HV, V, K]``.
         cu_seqlens: ``[N + 1]``, B = 1: the tokens of N sequences one after another. Output rows outside of them are undefined.
-        cu_seqlens_cpu: the same on the CPU; needed by nothing but ``return_intermediate_states``.
+        cu_seqlens_cpu: the same on the CPU. Without it ``return_intermediate_states`` synchronises, and other calls may be slower:
+            nothing else is told the length of the longest sequence.
         cp_context: context parallelism is refused.
         use_graph, max_num_seqs: every call of ours can be captured; only the length of ``cu_seqlens`` is checked.
         kwargs: ``A_log`` with HV elements, ``dt_bias`` with HV * K, ``chunk_size`` 32 or 64 (ignored: the result does not depend on it),

@@ -195,6 +195,7 @@ def _run_sequences(call: KdaCall) -> tuple[Tensor, Tensor | None] | tuple[Tensor
             has_initial_state=None if known else torch.zeros(num_sequences, dtype=torch.bool, device=device),
             snapshot_slots=None if snapshots is None else snapshots.slots(num_sequences, device),
             out=buffer.flatten(0, 1),
+            max_seqlen=_max_seqlen(call) if snapshots is None else snapshots.max_seqlen,
             **_options(call, x),
         )
     final = None
@@ -215,6 +216,26 @@ def _boundaries(call: KdaCall) -> Tensor:
         return call.cu_seqlens.to(device=call.q.device, dtype=torch.int32).contiguous()
     batch, tokens = call.q.shape[:2]
     return torch.arange(batch + 1, dtype=torch.int32, device=call.q.device) * tokens
+
+
+def _bounds(call: KdaCall) -> Tensor | None:
+    """``cu_seqlens``, on the CPU if the caller gave it there."""
+    return call.cu_seqlens if call.cu_seqlens is None or call.cu_seqlens_cpu is None else call.cu_seqlens_cpu
+
+
+def _lengths(bounds: Tensor) -> list[int]:
+    values = bounds.tolist()
+    return [end - begin for begin, end in zip(values, values[1:])]
+
+
+def _max_seqlen(call: KdaCall) -> int:
+    """The length of the longest sequence; 0, not known, where looking would synchronise or break a trace."""
+    bounds = _bounds(call)
+    if bounds is None:
+        return call.q.shape[1]
+    if bounds.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0
+    return max([0, *_lengths(bounds)])
 
 
 def _starting_pool(call: KdaCall, x: Operands, rows: int) -> tuple[Tensor, bool]:
@@ -241,16 +262,14 @@ class Snapshots:
     """
 
     chunks: list[int]  # of each sequence
+    max_seqlen: int  # tokens of the longest one
 
     @staticmethod
     def of(call: KdaCall) -> Snapshots:
         """The result's size depends on the lengths, so they are read here: a synchronisation if they are on a GPU alone."""
-        if call.cu_seqlens is None:
-            lengths = [call.q.shape[1]] * call.q.shape[0]
-        else:
-            bounds = (call.cu_seqlens if call.cu_seqlens_cpu is None else call.cu_seqlens_cpu).tolist()
-            lengths = [end - begin for begin, end in zip(bounds, bounds[1:])]
-        return Snapshots([-(-length // SNAPSHOT_TOKENS) for length in lengths])
+        bounds = _bounds(call)
+        lengths = [call.q.shape[1]] * call.q.shape[0] if bounds is None else _lengths(bounds)
+        return Snapshots([-(-length // SNAPSHOT_TOKENS) for length in lengths], max([0, *lengths]))
 
     @property
     def count(self) -> int:

@@ -48,6 +48,7 @@ class KdaMetadata:
     decode_slots: Tensor  # [D] int32, -1 for padding
     prefill_slots: Tensor  # [N] int32
     prefill_cu_seqlens: Tensor  # [N + 1] int32, from 0
+    prefill_max_seqlen: int  # tokens of the longest of these in this step
     prefill_has_state: Tensor  # [N] bool
 
 
@@ -80,6 +81,7 @@ class KdaMetadataBuilder(AttentionMetadataBuilder[KdaMetadata]):
             decode_slots=decode,
             prefill_slots=slots[prefills].contiguous(),
             prefill_cu_seqlens=step.prefill_cu_seqlens(m),
+            prefill_max_seqlen=max(step.prefill_lengths.tolist(), default=0),
             prefill_has_state=to_device(step.prefill_contexts > 0, slots.device),
         )
 
@@ -188,6 +190,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
             o = ops.kda_prefill(
                 q, k, v, forget[split:end], beta[split:end], states, m.prefill_slots, m.prefill_cu_seqlens,
                 gate="softplus", A_log=self.A_log, dt_bias=self.dt_bias, has_initial_state=m.prefill_has_state,
+                max_seqlen=m.prefill_max_seqlen,
             )  # fmt: skip
             ops.gated_rms_norm(o, gate[split:end], self.o_norm, eps, out=out[split:end])
         if end < out.shape[0]:
