@@ -1,7 +1,10 @@
-"""kda_prefill with the Hopper form of its second kernel: the tests of test_kda_prefill.py that reach it, once more in the emulator, which
-must be asked for it."""
+"""kda_prefill with its kernels for Hopper: the tests of test_kda_prefill.py that reach them, once more in the emulator, which must be
+asked for them; with two kernels, and with one for whole heads, which calls get that say how long their sequences are."""
+
+import functools
 
 import pytest
+import test_kda_prefill
 import torch
 from kit import assert_same_bits, hopper_kernels, needs_gpu
 from test_kda_prefill import (  # noqa: F401
@@ -34,6 +37,16 @@ from kimi_native.ops import kda_prefill
 pytestmark = hopper_kernels
 
 
+@pytest.fixture(autouse=True, params=["two", "one"])
+def kernels(request, monkeypatch):
+    """How many kernels a call with an fp32 state and gates of the inputs' dtype takes."""
+    if request.param == "one":  # sequences of one token, if that were true: no block would have more to do than others
+        one = functools.partial(kda_prefill, max_seqlen=1)
+        monkeypatch.setattr(test_kda_prefill, "kda_prefill", one)
+        monkeypatch.setitem(globals(), "kda_prefill", one)
+    return request.param
+
+
 @pytest.mark.parametrize("device, dtype", HALF_DTYPES)
 @pytest.mark.parametrize("heads, value_heads, size", [(1, 3, 64), (1, 1, 128), (1, 2, 128)])
 def test_head_shapes(heads, value_heads, size, dtype, device):
@@ -41,13 +54,14 @@ def test_head_shapes(heads, value_heads, size, dtype, device):
 
 
 @needs_gpu
-def test_the_hopper_kernel_runs():
-    """Or all of this file would test the portable one."""
+def test_the_hopper_kernel_runs(kernels):
+    """Or all of this file would test the portable ones, or the same one twice."""
     args = on("cuda", problem([100], 1, 1, 128, 128, torch.bfloat16))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         kda_prefill(**args)
         torch.cuda.synchronize()
-    assert any("kda_chain_sm90_kernel" in event.key for event in profile.key_averages())
+    name = {"two": "kda_chain_sm90_kernel", "one": "kda_whole_sm90_kernel"}[kernels]
+    assert any(name in event.key for event in profile.key_averages())
 
 
 @needs_gpu

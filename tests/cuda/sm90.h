@@ -4,11 +4,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <string>
+#include <vector>
 
 #include "buffer.h"
 #include "check.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/ptx_sm90.h"
+#include "cuda/common/tensor_map.h"
 #include "elements.h"
 
 namespace kimi::cuda {
@@ -19,16 +22,18 @@ using kimi_test::Checker;
 
 struct WgmmaShared {
   unsigned char b[16 * 128 * 2];
+  unsigned char a[2][64 * 16 * 2];
   uint64_t barrier;
 };
 
 // Of the right operand in shared memory: blocks of 8 x 8 elements, 128 bytes each; or, swizzled, pieces of 8 rows of 64
 // bytes. The strides go from one of those to the next along k and along columns. Where rows hold 32 elements along k,
-// the 16 of the product begin at `first`.
+// the 16 of the product begin at `first`. The left operand's blocks of 8 x 8, if it is in shared memory too.
 struct WgmmaLayout {
   int k_stride, column_stride;
   bool swizzled = false;
   int first = 0;
+  int left_k_stride = 0, left_row_stride = 0;
 };
 
 // Where element (k, n) lies.
@@ -42,8 +47,8 @@ int place_in(const WgmmaLayout& b, int k, int n) {
 }
 
 // d [64, 8 kTiles] = a b for a [64, 16] row-major and b in global memory as wgmma wants it in shared memory. In two
-// halves: the second product is accumulated.
-template <bool kMnMajor, int kTiles>
+// halves: the second product, of 2 a, is accumulated. a goes through registers or, with kLeftShared, shared memory.
+template <bool kMnMajor, int kTiles, bool kLeftShared>
 __global__ void product_of_warpgroup(const Fp16* a, const unsigned char* b, float* d, WgmmaLayout layout) {
   if constexpr (kHasSm90) {
     auto& shared = shared_memory<WgmmaShared>();
@@ -62,6 +67,16 @@ __global__ void product_of_warpgroup(const Fp16* a, const unsigned char* b, floa
       fragment[0][i] = pack2<Fp16>(to_float(at[0]), to_float(at[1]));
       fragment[1][i] = pack2<Fp16>(2.0f * to_float(at[0]), 2.0f * to_float(at[1]));
     }
+    if constexpr (kLeftShared) {
+      for (int i = 0; i < 8; ++i) {
+        const int at_row = row + i % 2 * 8, k = 2 * t + i / 2 % 2 * 8;
+        const int place =
+            k / 8 * layout.left_k_stride + at_row / 8 * layout.left_row_stride + at_row % 8 * 16 + k % 8 * 2;
+        *reinterpret_cast<uint32_t*>(&shared.a[i / 4][place]) = fragment[i / 4][i % 4];
+      }
+      fence_proxy_async();
+      __syncthreads();
+    }
     float result[kTiles][4];
     for (int i = 0; i < kTiles * 4; ++i) result[i / 4][i % 4] = 1e6f;
     uint64_t descriptor = wgmma_descriptor<kMnMajor>(shared.b, layout.k_stride, layout.column_stride);
@@ -70,11 +85,17 @@ __global__ void product_of_warpgroup(const Fp16* a, const unsigned char* b, floa
                             : wgmma_descriptor_swizzle_64(shared.b, 0, layout.column_stride) + layout.first / 8;
     }
     wgmma_fence();
-    for (int i = 0; i < 2; ++i) {
+    const auto multiply = [&](const auto& left, bool accumulate) {
       if constexpr (kTiles == 8)
-        wgmma_m64n64k16<kMnMajor>(result, fragment[i], descriptor, i > 0);
+        wgmma_m64n64k16<kMnMajor>(result, left, descriptor, accumulate);
       else
-        wgmma_m64n128k16<kMnMajor>(result, fragment[i], descriptor, i > 0);
+        wgmma_m64n128k16<kMnMajor>(result, left, descriptor, accumulate);
+    };
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kLeftShared)
+        multiply(wgmma_descriptor<false>(shared.a[i], layout.left_k_stride, layout.left_row_stride), i > 0);
+      else
+        multiply(fragment[i], i > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -87,7 +108,7 @@ __global__ void product_of_warpgroup(const Fp16* a, const unsigned char* b, floa
   }
 }
 
-template <bool kMnMajor, int kTiles>
+template <bool kMnMajor, int kTiles, bool kLeftShared = false>
 void test_product_of_warpgroup(Checker& checker, const char* name, const WgmmaLayout& layout) {
   const int columns = 8 * kTiles;
   const auto a = random_elements<Fp16>(64 * 16, 21), b = random_elements<Fp16>(16 * columns, 22);  // b: [16, columns]
@@ -98,7 +119,7 @@ void test_product_of_warpgroup(Checker& checker, const char* name, const WgmmaLa
   Buffer<Fp16> device_a(a);
   Buffer<unsigned char> device_image(image);
   Buffer<float> device_d(64 * columns);
-  launch(product_of_warpgroup<kMnMajor, kTiles>, 1, 128, sizeof(WgmmaShared), nullptr, device_a.get(),
+  launch(product_of_warpgroup<kMnMajor, kTiles, kLeftShared>, 1, 128, sizeof(WgmmaShared), nullptr, device_a.get(),
          device_image.get(), device_d.get(), layout);
   const auto d = device_d.read();
   double worst = 0;
@@ -137,6 +158,137 @@ __global__ void copies_that_arrive(const int* in, int* out) {
   } else {
     __trap();
   }
+}
+
+// ---- Boxes of tensors
+
+inline constexpr int kBoxTokens = 24, kBoxChannels = 128, kBoxElements = kBoxTokens * kBoxChannels;
+
+struct BoxShared {
+  alignas(1024) uint16_t box[kBoxElements];
+  uint64_t full;
+};
+
+// out: the box of the tensor as it is in shared memory.
+__global__ void box_of_tensor(const __grid_constant__ TensorMap map, int head, int token, uint16_t* out) {
+  if constexpr (kHasSm90) {
+    auto& shared = shared_memory<BoxShared>();
+    if (threadIdx.x == 0) {
+      mbarrier_init(&shared.full, 1);
+      mbarrier_init_fence();
+      tensor_prefetch(map, head, token);
+      mbarrier_arrive_expect_tx(&shared.full, sizeof(shared.box));
+      tensor_copy(shared.box, map, head, token, &shared.full);
+    }
+    __syncthreads();
+    mbarrier_wait(&shared.full, 0);
+    for (int i = threadIdx.x; i < kBoxElements; i += blockDim.x) out[i] = shared.box[i];
+  } else {
+    __trap();
+  }
+}
+
+// `boxes`, as they are in shared memory, to the tensor, one after the other through the same place: the first one from
+// the first token on, the next one kBoxTokens further.
+__global__ void boxes_to_tensor(const __grid_constant__ TensorMap map, int head, const uint16_t* boxes, int count) {
+  if constexpr (kHasSm90) {
+    auto& shared = shared_memory<BoxShared>();
+    for (int box = 0; box < count; ++box) {
+      for (int i = threadIdx.x; i < kBoxElements; i += blockDim.x) shared.box[i] = boxes[box * kBoxElements + i];
+      fence_proxy_async();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        tensor_store(shared.box, map, head, box * kBoxTokens);
+        tensor_store_commit();
+        tensor_store_wait_read();
+      }
+      __syncthreads();
+    }
+  } else {
+    __trap();
+  }
+}
+
+// A tensor [50, 3, 128], strides larger than that, with memory behind its last token that is not part of it.
+struct BoxedTensor {
+  static constexpr int kTokens = 50, kHeads = 3, kHeadStride = kBoxChannels + 8, kTokenStride = 3 * kHeadStride + 16;
+  static constexpr int kElements = (kTokens + kBoxTokens) * kTokenStride;
+
+  int piece;
+  bool swizzled;
+
+  TensorShape shape(const void* data) const {
+    return {data, kTokens, kHeads, kBoxChannels, kTokenStride, kHeadStride, kBoxTokens, piece, swizzled};
+  }
+  static int place(int head, int token, int channel) { return token * kTokenStride + head * kHeadStride + channel; }
+  int place_in_box(int token, int channel) const {
+    const int octet = channel % piece / 8;
+    return (channel / piece * kBoxTokens + token) * piece + (swizzled ? octet ^ token % 8 : octet) * 8 + channel % 8;
+  }
+};
+
+void test_boxes(Checker& checker, const char* name, const BoxedTensor& tensor) {
+  constexpr int kTokens = BoxedTensor::kTokens;
+  const auto check = [&](bool good, const char* what) { checker.check(good, std::string(name) + what); };
+  std::vector<uint16_t> elements(BoxedTensor::kElements);  // all different, none of them zero
+  for (size_t i = 0; i < elements.size(); ++i) elements[i] = static_cast<uint16_t>(1 + i);
+  Buffer<uint16_t> data(elements), box(kBoxElements);
+  TensorMap map;
+  if (!make_tensor_map(tensor.shape(data.get()), map)) return check(false, ": no tensor map");
+
+  bool good = true;
+  const auto is_box_of = [&](int head, int first_token) {
+    launch(box_of_tensor, 1, 64, sizeof(BoxShared), nullptr, map, head, first_token, box.get());
+    const auto got = box.read();
+    for (int i = 0; i < kBoxElements; ++i) {
+      const int row = i / kBoxChannels, token = first_token + row, channel = i % kBoxChannels;
+      const uint16_t want = token < kTokens ? elements[BoxedTensor::place(head, token, channel)] : 0;
+      good = good && got[tensor.place_in_box(row, channel)] == want;
+    }
+    return good;
+  };
+  check(is_box_of(0, 0) && is_box_of(1, 13) && is_box_of(2, kTokens - kBoxTokens), ": boxes of a tensor");
+  check(is_box_of(2, 41) && is_box_of(0, kTokens - 1) && is_box_of(1, kTokens), ": boxes past the last token");
+
+  constexpr int kBoxes = 3, kHead = 1;
+  std::vector<uint16_t> boxes(kBoxes * kBoxElements);
+  auto stored = elements;
+  for (int token = 0; token < kBoxes * kBoxTokens; ++token) {
+    for (int channel = 0; channel < kBoxChannels; ++channel) {
+      const auto x = static_cast<uint16_t>(40000 + token * kBoxChannels + channel);
+      boxes[token / kBoxTokens * kBoxElements + tensor.place_in_box(token % kBoxTokens, channel)] = x;
+      if (token < kTokens) stored[BoxedTensor::place(kHead, token, channel)] = x;
+    }
+  }
+  Buffer<uint16_t> device_boxes(boxes);
+  launch(boxes_to_tensor, 1, 64, sizeof(BoxShared), nullptr, map, kHead, device_boxes.get(), kBoxes);
+  check(data.read() == stored, ": boxes to a tensor, and nothing else");
+}
+
+void test_tensor_maps(Checker& checker) {
+  Buffer<uint16_t> data(BoxedTensor::kElements);
+  const auto is_taken = [&](auto&& change) {
+    TensorShape shape = BoxedTensor{64, false}.shape(data.get());
+    change(shape);
+    TensorMap map;
+    return make_tensor_map(shape, map);
+  };
+  checker.check(is_taken([](TensorShape&) {}), "a tensor map");
+  checker.check(is_taken([](TensorShape& x) { x.tokens_of_box = 256; }), "a tensor map, boxes of 256 tokens");
+  checker.check(!is_taken([](TensorShape& x) { x.tokens_of_box = 257; }), "no tensor map, boxes of 257 tokens");
+  checker.check(!is_taken([](TensorShape& x) { x.tokens_of_box = 0; }), "no tensor map, boxes of no tokens");
+  checker.check(!is_taken([](TensorShape& x) { x.tokens = 0; }), "no tensor map, no tokens");
+  checker.check(!is_taken([](TensorShape& x) { x.data = static_cast<const uint16_t*>(x.data) + 4; }),
+                "no tensor map, 8 bytes off");
+  checker.check(!is_taken([](TensorShape& x) { x.token_stride += 4; }), "no tensor map, tokens 8 bytes off");
+  checker.check(!is_taken([](TensorShape& x) { x.head_stride += 4; }), "no tensor map, heads 8 bytes off");
+  checker.check(!is_taken([](TensorShape& x) { x.head_stride = -x.head_stride; }), "no tensor map, heads backwards");
+  checker.check(!is_taken([](TensorShape& x) { x.piece = 4; }), "no tensor map, pieces of 8 bytes");
+  checker.check(!is_taken([](TensorShape& x) {
+    x.piece = 128;
+    x.swizzled = true;
+  }),
+                "no tensor map, swizzled pieces of 256 bytes");
 }
 
 struct ClusterShared {
@@ -185,23 +337,27 @@ __global__ void barrier_votes(int* out, int who) {
 }
 
 struct StmatrixShared {
-  alignas(16) uint16_t columns[16][16];
+  alignas(16) uint16_t rows[16][16];
 };
 
 // The matrix of 16 x 16 elements 100 row + column, which the warp holds as accumulators (rows g and g + 8, columns 2t,
-// 2t + 1 and 8 more), column by column.
-__global__ void transpose_by_stmatrix(uint16_t* out) {
+// 2t + 1 and 8 more), column by column, or row by row.
+template <bool kTranspose>
+__global__ void store_by_stmatrix(uint16_t* out) {
   if constexpr (kHasSm90) {
-    auto& columns = shared_memory<StmatrixShared>().columns;
+    auto& rows = shared_memory<StmatrixShared>().rows;
     const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
     uint32_t words[4];
     for (int i = 0; i < 4; ++i) {
       const uint32_t first = 100 * (g + i % 2 * 8) + 2 * t + i / 2 * 8;
       words[i] = first | (first + 1) << 16;
     }
-    stmatrix_x4_trans(&columns[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8], words);
+    if constexpr (kTranspose)
+      stmatrix_x4_trans(&rows[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8], words);
+    else
+      stmatrix_x4(&rows[lane % 16][lane / 16 * 8], words);
     __syncwarp();
-    for (int i = lane; i < 256; i += 32) out[i] = columns[i / 16][i % 16];
+    for (int i = lane; i < 256; i += 32) out[i] = rows[i / 16][i % 16];
   } else {
     __trap();
   }
@@ -224,12 +380,36 @@ void test_sm90(Checker& checker) {
   test_product_of_warpgroup<true, 16>(checker, "wgmma 64 x 128, columns contiguous, swizzled, pieces along k first",
                                       {512, 1024, true});
 
+  test_product_of_warpgroup<false, 8, true>(checker, "wgmma 64 x 64, a in shared memory, blocks along rows first",
+                                            {128, 256, false, 0, 1024, 128});
+  test_product_of_warpgroup<false, 8, true>(checker, "wgmma 64 x 64, a in shared memory, blocks along k first",
+                                            {128, 256, false, 0, 128, 256});
+  test_product_of_warpgroup<false, 8, true>(checker, "wgmma 64 x 64, a in shared memory, b swizzled",
+                                            {0, 512, true, 16, 1024, 128});
+  test_product_of_warpgroup<true, 8, true>(checker, "wgmma 64 x 64, a in shared memory, columns contiguous",
+                                           {1024, 128, false, 0, 1024, 128});
+  test_product_of_warpgroup<false, 16, true>(checker, "wgmma 64 x 128, a in shared memory",
+                                             {128, 256, false, 0, 1024, 128});
+  test_product_of_warpgroup<true, 16, true>(checker, "wgmma 64 x 128, a in shared memory, columns contiguous",
+                                            {128, 256, false, 0, 128, 256});
+
   Buffer<uint16_t> matrices(256);
-  launch(transpose_by_stmatrix, 1, 32, sizeof(StmatrixShared), nullptr, matrices.get());
+  launch(store_by_stmatrix<true>, 1, 32, sizeof(StmatrixShared), nullptr, matrices.get());
   const auto transposed = matrices.read();
-  bool placed = true;
-  for (int i = 0; i < 256; ++i) placed = placed && transposed[i] == 100 * (i % 16) + i / 16;
-  checker.check(placed, "stmatrix, transposed");
+  launch(store_by_stmatrix<false>, 1, 32, sizeof(StmatrixShared), nullptr, matrices.get());
+  const auto stored = matrices.read();
+  bool placed_transposed = true, placed = true;
+  for (int i = 0; i < 256; ++i) {
+    placed_transposed = placed_transposed && transposed[i] == 100 * (i % 16) + i / 16;
+    placed = placed && stored[i] == 100 * (i / 16) + i % 16;
+  }
+  checker.check(placed_transposed, "stmatrix, transposed");
+  checker.check(placed, "stmatrix");
+
+  test_boxes(checker, "one piece", {128, false});
+  test_boxes(checker, "pieces of 64 bytes", {32, false});
+  test_boxes(checker, "pieces of 128 bytes, swizzled", {64, true});
+  test_tensor_maps(checker);
 
   std::vector<int> numbers(256);
   for (int i = 0; i < 256; ++i) numbers[i] = 7 * i;

@@ -353,6 +353,24 @@ __global__ void halves(int* out, int turns) {
   out[threadIdx.x] = shared.values[half][i];
 }
 
+// One half of the block hands numbers over to the other, round by round: each comes to the other one's barrier without
+// waiting there.
+__global__ void hand_over(int* out, int rounds) {
+  auto& values = shared_memory<HalvesShared>().values[0];
+  const int i = threadIdx.x % 64;
+  for (int round = 0; round < rounds; ++round) {
+    if (threadIdx.x < 64) {
+      if (round > 0) barrier_sync(2, 128);
+      values[i] = 100 * round + i;
+      barrier_arrive(1, 128);
+    } else {
+      barrier_sync(1, 128);
+      out[64 * round + i] = values[63 - i];
+      if (round + 1 < rounds) barrier_arrive(2, 128);
+    }
+  }
+}
+
 void test_barriers(Checker& checker) {
   Buffer<int> out(128);
   launch(halves, 1, 128, sizeof(HalvesShared), nullptr, out.get(), 5);
@@ -360,6 +378,14 @@ void test_barriers(Checker& checker) {
   bool good = true;
   for (int i = 0; i < 64; ++i) good = good && got[i] == (i + 5) % 64 && got[64 + i] == 64 + (i + 15) % 64;
   checker.check(good, "barrier_sync: two halves of a block");
+
+  constexpr int kRounds = 5;
+  Buffer<int> handed(64 * kRounds);
+  launch(hand_over, 1, 128, sizeof(HalvesShared), nullptr, handed.get(), kRounds);
+  const auto numbers = handed.read();
+  good = true;
+  for (int i = 0; i < 64 * kRounds; ++i) good = good && numbers[i] == 100 * (i / 64) + 63 - i % 64;
+  checker.check(good, "barrier_arrive: from one half of a block to the other");
 }
 
 // ---- Reductions, several blocks ------------------------------------------------------------------------------------

@@ -33,10 +33,49 @@ struct BulkCopy {
   uint32_t to, barrier, bytes;  // shared-memory addresses
   const void* from;
   std::vector<Copy> of_thread = {};  // or these, all together, which arrive at the barrier
+  std::vector<Copy> box = {};        // or these, `bytes` of them
 };
 
 std::map<std::pair<int, uint32_t>, MBarrier> barriers;  // by rank and address
 std::deque<BulkCopy> bulk_copies;
+
+// What a thread has not waited for.
+struct TensorStores {
+  std::vector<Copy> copies;                 // those that have not read shared memory yet
+  bool under_way = false, in_group = true;  // whether there are any; whether all are in a group
+};
+std::map<int, TensorStores> tensor_stores;  // by thread
+
+uint32_t bytes_of(const cuda::TensorShape& shape) {
+  return 2 * shape.tokens_of_box * static_cast<uint32_t>(shape.channels);
+}
+// Of a box, by 16 bytes: `shared` its place there. The swizzle is one of addresses: of rows through all of the box.
+std::vector<Copy> copies_of(unsigned char* shared, const cuda::TensorShape& shape, int head, int token, bool store) {
+  const uint32_t place = shared_address(shared);
+  if (place % (shape.swizzled ? 1024 : 128) != 0) fail("a box of a tensor at a misaligned address");
+  if (shared_pointer(current->rank, place, bytes_of(shape)) == nullptr)
+    fail("a box of a tensor past the shared memory");
+  if (head < 0 || token < 0 || head >= shape.heads) fail("a box outside its tensor");
+  std::vector<Copy> copies;
+  for (int piece = 0; piece < shape.channels / shape.piece; ++piece) {
+    for (int row = 0; row < shape.tokens_of_box; ++row) {
+      for (int i = 0; i < shape.piece / 8; ++i) {
+        const int row_of_box = piece * shape.tokens_of_box + row;
+        unsigned char* const here =
+            shared + 2 * shape.piece * row_of_box + (shape.swizzled ? i ^ row_of_box % 8 : i) * 16;
+        const auto* const there =
+            static_cast<const unsigned char*>(shape.data) +
+            2 * (shape.piece * piece + 8 * i + head * shape.head_stride + (token + row) * shape.token_stride);
+        const bool inside = token + row < shape.tokens;
+        if (!store)
+          copies.push_back({here, there, 16, inside, 0});
+        else if (inside)
+          copies.push_back({const_cast<unsigned char*>(there), here, 16, true, 0});
+      }
+    }
+  }
+  return copies;
+}
 
 // null, with a failure noted, where there is none.
 MBarrier* find_barrier(int rank, uint32_t address) {
@@ -162,6 +201,25 @@ bool compute(Warpgroup& warpgroup, const PendingProduct& product, int rank) {
       }
     }
   }
+  if (product.shape.a_shared) {
+    Descriptor left;
+    if (!decode(product.shape.a_descriptor, left)) {
+      note_failure("a matrix descriptor with bits that mean nothing, or a base offset");
+      return false;
+    }
+    for (int row = 0; row < 64; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        const unsigned char* from = shared_pointer(rank, place(left, false, k, row), 2);
+        if (from == nullptr) {
+          note_failure("a matrix descriptor that leads out of the shared memory");
+          return false;
+        }
+        __half x;
+        std::memcpy(&x, from, 2);
+        a[row][k] = __half2float(x);
+      }
+    }
+  }
   Accumulators& to = warpgroup.accumulators.at(product.accumulators);
   for (int thread = 0; thread < kWarpgroup; ++thread) {
     const int row = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
@@ -226,7 +284,8 @@ void issue(void* const* arguments) {
     products[i] = &x;
     calls[i]->good = false;
     const ThreadState& other = states[calls[i]->thread];
-    if (x.b != y.b || x.tiles != y.tiles || x.mn_major != y.mn_major || x.accumulate != y.accumulate)
+    if (x.b != y.b || x.tiles != y.tiles || x.mn_major != y.mn_major || x.accumulate != y.accumulate ||
+        x.a_shared != y.a_shared || x.a_descriptor != y.a_descriptor)
       return note_failure("the threads of a warpgroup do not agree about a wgmma");
     if (!other.fenced) return note_failure("wgmma without a fence since the last wait");
     if (other.group != state.group || other.complete != state.complete)
@@ -254,11 +313,13 @@ void reset() {
   bulk_copies.clear();
   warpgroups.clear();
   states.clear();
+  tensor_stores.clear();
 }
 
 void at_return() {
   const ThreadState& state = states[running_thread()];
   if (state.open || state.complete < state.group) fail("a thread that returns while its wgmma is under way");
+  if (tensor_stores[running_thread()].under_way) fail("a thread that returns while its stores are under way");
 }
 
 bool has_copies(bool idle) {
@@ -272,7 +333,8 @@ void end_a_copy(bool idle) {
   const BulkCopy copy = bulk_copies.back();
   bulk_copies.pop_back();
   if (has_ended(copy.rank)) return note_failure("a bulk copy into the shared memory of a block that has ended");
-  if (copy.bytes > 0) std::memcpy(shared_pointer(copy.rank, copy.to, copy.bytes), copy.from, copy.bytes);
+  if (copy.from != nullptr) std::memcpy(shared_pointer(copy.rank, copy.to, copy.bytes), copy.from, copy.bytes);
+  for (const Copy& part : copy.box) finish(part);
   for (const Copy& part : copy.of_thread) finish(part);
   if (MBarrier* barrier = find_barrier(copy.rank, copy.barrier)) {
     barrier->bytes -= copy.bytes;
@@ -334,6 +396,45 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barri
     std::memset(place, kPoisonByte, bytes);
     bulk_copies.push_back({next_random() % 2 == 0, rank, to, at, bytes, global});
   }
+}
+
+void tensor_copy(void* shared, const cuda::TensorShape& shape, int head, int token, uint64_t* barrier) {
+  if (!need_barrier(-1, barrier).fenced)
+    fail("a bulk copy with an mbarrier that nobody fenced after its initialisation");
+  const uint32_t bytes = bytes_of(shape);
+  auto copies = copies_of(static_cast<unsigned char*>(shared), shape, head, token, false);
+  std::memset(shared, kPoisonByte, bytes);
+  bulk_copies.push_back({next_random() % 2 == 0,
+                         current->rank,
+                         shared_address(shared),
+                         shared_address(barrier),
+                         bytes,
+                         nullptr,
+                         {},
+                         std::move(copies)});
+}
+
+void tensor_store(const void* shared, const cuda::TensorShape& shape, int head, int token) {
+  auto copies = copies_of(static_cast<unsigned char*>(const_cast<void*>(shared)), shape, head, token, true);
+  TensorStores& stores = tensor_stores[running_thread()];
+  stores.under_way = true;
+  stores.in_group = false;
+  if (next_random() % 2 == 0) {
+    for (const Copy& part : copies) finish(part);  // at once
+  } else {
+    stores.copies.insert(stores.copies.end(), copies.begin(), copies.end());
+  }
+}
+
+void tensor_store_commit() {
+  tensor_stores[running_thread()].in_group = true;
+}
+
+void tensor_store_wait_read() {
+  TensorStores& stores = tensor_stores[running_thread()];
+  if (!stores.in_group) fail("a wait for stores that are in no group");
+  for (const Copy& part : stores.copies) finish(part);
+  stores = {};
 }
 
 void wgmma(const Product& product) {

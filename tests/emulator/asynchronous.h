@@ -6,6 +6,7 @@
 // the dice say: what is not yet there, or no longer, gives wrong results.
 #pragma once
 
+#include "cuda/common/tensor_map.h"
 #include "emulator.h"
 
 namespace kimi::emulator {
@@ -30,13 +31,22 @@ void mbarrier_arrive_after_copies(uint64_t* barrier);  // when the thread's copy
 // To this place in each of the blocks, whose barriers at the place of `barrier` count the bytes.
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, unsigned blocks);
 
-// ---- wgmma, fp16, a [64, 16] from registers, b [16, 8 tiles] from shared memory
+// A box of a tensor to shared memory, as one bulk copy; and back, at the latest when the thread waits for it. A thread
+// must not return before.
+void tensor_copy(void* shared, const cuda::TensorShape& shape, int head, int token, uint64_t* barrier);
+void tensor_store(const void* shared, const cuda::TensorShape& shape, int head, int token);
+void tensor_store_commit();
+void tensor_store_wait_read();
+
+// ---- wgmma, fp16, a [64, 16] from registers or shared memory, b [16, 8 tiles] from shared memory
 struct Product {
   float* d;  // [tiles][4] of this thread
   int tiles;
   uint32_t a[4];
   uint64_t b;  // matrix descriptor
   bool mn_major, accumulate;
+  bool a_shared = false;
+  uint64_t a_descriptor = 0;  // k contiguous
 };
 void wgmma(const Product& product);
 void wgmma_fence();

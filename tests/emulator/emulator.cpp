@@ -67,6 +67,7 @@ struct Fiber {
 struct Barrier {
   int expected = 0;  // 0: all threads of the block that have not returned
   bool any = false;  // of the predicates of those that wait
+  int arrived = 0;   // threads that have come and do not wait
   std::vector<int> waiting;
 };
 
@@ -106,10 +107,12 @@ void wait() {
 
 void release_if_complete(Barrier& barrier, int alive) {
   const int expected = barrier.expected == 0 ? alive : barrier.expected;
-  if (barrier.waiting.empty() || static_cast<int>(barrier.waiting.size()) < expected) return;
+  const int come = static_cast<int>(barrier.waiting.size()) + barrier.arrived;
+  if (come == 0 || come < expected) return;
   for (int i : barrier.waiting) cluster.fibers[i].vote = barrier.any;
   cluster.ready.insert(cluster.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
   barrier.waiting.clear();
+  barrier.arrived = 0;
   barrier.any = false;
 }
 
@@ -219,6 +222,7 @@ void add_block(dim3 grid, dim3 size, uint3 at, size_t shared_bytes) {
   block.predicates = block.counted = 0;
   for (Barrier& barrier : block.barriers) {
     barrier.waiting.clear();
+    barrier.arrived = 0;
     barrier.any = false;
   }
   unsigned char* shared = shared_memory_pages[rank].of(shared_bytes);
@@ -357,10 +361,29 @@ void block_barrier(int id, int threads) {
   block_barrier_or(id, threads, false);
 }
 
-bool block_barrier_or(int id, int threads, bool predicate) {
+namespace {
+
+Barrier& named_barrier(int id, int threads) {
   Barrier& barrier = own_block().barriers[id];
-  if (!barrier.waiting.empty() && barrier.expected != threads) fail("a barrier with two different thread counts");
+  if ((barrier.arrived > 0 || !barrier.waiting.empty()) && barrier.expected != threads)
+    fail("a barrier with two different thread counts");
   barrier.expected = threads;
+  return barrier;
+}
+
+}  // namespace
+
+void block_barrier_arrive(int id, int threads) {
+  Barrier& barrier = named_barrier(id, threads);
+  ++barrier.arrived;
+  release_if_complete(barrier, own_block().alive);
+  // Others may go on first: what this thread does next is not ordered before them.
+  cluster.ready.push_back(cluster.running);
+  wait();
+}
+
+bool block_barrier_or(int id, int threads, bool predicate) {
+  Barrier& barrier = named_barrier(id, threads);
   barrier.any |= predicate;
   barrier.waiting.push_back(cluster.running);
   release_if_complete(barrier, own_block().alive);

@@ -61,6 +61,7 @@ void note_launch(const void* kernel);
 
 // Waits until `threads` threads (0: all that have not returned) of the block are at barrier `id`.
 void block_barrier(int id, int threads);
+void block_barrier_arrive(int id, int threads);              // comes to it and does not wait
 bool block_barrier_or(int id, int threads, bool predicate);  // whether the predicate of any of them holds
 void cluster_barrier();                                      // of all threads of the cluster that have not returned
 

@@ -67,6 +67,30 @@ __global__ void too_few(int* out, bool right) {
   out[threadIdx.x] = 1;
 }
 
+// One half of the block hands numbers over to the other, eight times; each comes to the other one's barrier and goes
+// on. out[i]: their sum. Modes: 0 right, 1 a warp does not come, 2 both come before they write or read, 3 one half
+// comes for fewer threads than the other one waits for.
+__global__ void arrivals(const int* in, int* out, int mode) {
+  auto& shared = shared_memory<Shared>();
+  const int i = threadIdx.x;
+  int sum = 0;
+  if (mode == 1 && i < 32) return;
+  for (int round = 0; round < 8; ++round) {
+    if (i < 64) {
+      if (round > 0) barrier_sync(2, 128);
+      if (mode == 2) barrier_arrive(1, 128);
+      shared.values[i] = in[64 + i] + round;
+      if (mode != 2) barrier_arrive(1, mode == 3 ? 96 : 128);
+    } else {
+      barrier_sync(1, 128);
+      if (mode == 2 && round < 7) barrier_arrive(2, 128);
+      sum += shared.values[i - 64];
+      if (mode != 2 && round < 7) barrier_arrive(2, 128);
+    }
+  }
+  out[i] = sum;
+}
+
 // Copies in two groups. Wrong: waits for one group too few, or not at all.
 __global__ void copies(const int* in, int* out, int mode) {
   auto& shared = shared_memory<Shared>();
@@ -216,6 +240,65 @@ __global__ void copies_that_arrive(const int* in, int* out, int mode) {
   mbarrier_wait(full, 0);
 }
 
+struct BoxShared {
+  alignas(1024) int values[2 * kThreads];
+  uint64_t full;
+};
+
+// Eight boxes of 64 bytes bring the numbers, each to a multiple of 128 bytes. Modes: 0 right, 1 nobody waits for them,
+// 2 the barrier expects more, 3 at a multiple of 64 bytes only, 4 of a head that is not there, 5 no fence after the
+// initialisation of the barrier.
+__global__ void boxes(const TensorMap map, int* out, int mode) {
+  auto& shared = shared_memory<BoxShared>();
+  const int i = threadIdx.x;
+  if (i == 0) {
+    mbarrier_init(&shared.full, 1);
+    if (mode != 5) mbarrier_init_fence();
+    mbarrier_arrive_expect_tx(&shared.full, mode == 2 ? 4 * kThreads + 64 : 4 * kThreads);
+    for (int box = 0; box < 8; ++box) {
+      tensor_copy(&shared.values[32 * box + (mode == 3 ? 16 : 0)], map, mode == 4 ? 1 : 0, 4 * box, &shared.full);
+    }
+  }
+  __syncthreads();
+  if (mode != 1) mbarrier_wait(&shared.full, 0);
+  out[i] = shared.values[i / 16 * 32 + i % 16];
+  mbarrier_wait(&shared.full, 0);
+}
+
+// All the numbers in one box of rows of 128 bytes.
+__global__ void one_box(const TensorMap map, int* out, int place, bool swizzled) {
+  auto& shared = shared_memory<BoxShared>();
+  const int i = threadIdx.x, row = i / 32, sixteen_bytes = i % 32 / 4;
+  if (i == 0) {
+    mbarrier_init(&shared.full, 1);
+    mbarrier_init_fence();
+    mbarrier_arrive_expect_tx(&shared.full, 4 * kThreads);
+    tensor_copy(&shared.values[place], map, 0, 0, &shared.full);
+  }
+  __syncthreads();
+  mbarrier_wait(&shared.full, 0);
+  out[i] = shared.values[place + 32 * row + 4 * (swizzled ? sixteen_bytes ^ row : sixteen_bytes) + i % 4];
+}
+
+// The numbers go to memory in eight boxes of 64 bytes, all through the same place. Modes: 0 right, 1 overwritten before
+// they are read, 2 the thread returns before, 3 in no group, 4 another thread waits, 5 at a multiple of 64 bytes only.
+__global__ void stores(const int* in, const TensorMap map, int mode) {
+  auto& shared = shared_memory<BoxShared>();
+  const int i = threadIdx.x;
+  for (int box = 0; box < 8; ++box) {
+    if (i < 16) shared.values[(mode == 5 ? 16 : 0) + i] = in[16 * box + i];
+    fence_proxy_async();
+    __syncthreads();
+    if (i == 0) {
+      tensor_store(&shared.values[mode == 5 ? 16 : 0], map, 0, 4 * box);
+      if (mode != 3) tensor_store_commit();
+    }
+    if (i == (mode == 4 ? 1 : 0) && mode != 1 && !(mode == 2 && box == 7)) tensor_store_wait_read();
+    __syncthreads();
+  }
+  if (i == 0 && (mode == 1 || mode == 4)) tensor_store_wait_read();
+}
+
 // out[i] = sum over eight rounds of (round + 1) in[i], through a ring of two stages. Wrong: without waiting until a
 // stage has been read.
 __global__ void ring(const int* in, int* out, bool wait) {
@@ -284,6 +367,37 @@ __global__ void arrive_at_neighbour(int* out, bool wait) {
   mbarrier_arrive_cluster(&shared.full[0], rank ^ 1);
   if (wait) mbarrier_wait(&shared.full[0], 0);
   out[64 * rank + threadIdx.x] = 1;
+}
+
+// The left operand in shared memory too. Modes: 0 right, 1 it is written before the wait, 2 another one in one thread,
+// 3 it is past the shared memory, 4 other strides. out[i]: a sum over the thread's results.
+__global__ void products_of_shared(int* out, int mode) {
+  auto& shared = shared_memory<CopyShared>();
+  auto* a = reinterpret_cast<Fp16*>(shared.values);        // all rows the same, 1 ... 16: two matrices of 8 x 8
+  auto* b = reinterpret_cast<Fp16*>(shared.values) + 128;  // ones: one matrix of 8 x 8
+  const int i = threadIdx.x;
+  const auto fill = [&](int factor) { a[i] = from_float<Fp16>(factor * (1.0f + i / 64 * 8 + i % 8)); };
+  if (i < 64) b[i] = from_float<Fp16>(1.0f);
+  const uint64_t left =
+      wgmma_descriptor<false>(a, mode == 4 ? 0 : 128, 0) + (mode == 3 ? 1 << 13 : 0) + (mode == 2 && i == 40 ? 8 : 0);
+  const uint64_t right = wgmma_descriptor<false>(b, 0, 0);
+  float d[8][4] = {}, sum = 0.0f;
+  for (int round = 0; round < 8; ++round) {
+    fill(1);
+    fence_proxy_async();
+    __syncthreads();
+    wgmma_fence();
+    wgmma_m64n64k16<false>(d, left, right, true);
+    wgmma_commit();
+    if (mode == 1) {
+      fill(5);
+      __syncthreads();
+    }
+    wgmma_wait<0>();
+    __syncthreads();
+  }
+  for (int e = 0; e < 32; ++e) sum += d[e / 4][e % 4];
+  out[i] = static_cast<int>(sum);
 }
 
 // Modes: 0 right, 1 other strides, 2 no wait, 3 shared memory is written before the wait, 4 the accumulators are, 5 no
@@ -358,9 +472,9 @@ class EmulatorTest {
   }
 
   // The kernels after this in clusters of two blocks of half the threads, or in one block again.
-  void use_blocks(unsigned blocks) {
+  void use_blocks(unsigned blocks, size_t shared_bytes = sizeof(CopyShared)) {
     blocks_ = blocks;
-    shared_bytes_ = sizeof(CopyShared);
+    shared_bytes_ = shared_bytes;
   }
 
   const int* in() { return in_.get(); }
@@ -415,6 +529,12 @@ int run() {
   t.error("one barrier with two thread counts", "a barrier with two different thread counts", halves, out, false);
   t.right("a barrier for some threads", one, too_few, out, true);
   t.error("a barrier for more threads than come", "deadlock: 64 of 128 threads wait for ever", too_few, out, false);
+  const auto handed_over = [&](int i) { return i < 64 ? 0 : 8 * input(i) + 28; };
+  t.right("arrivals at a barrier", handed_over, arrivals, in, out, 0);
+  t.error("fewer arrivals than a barrier waits for", "deadlock: 96 of 128 threads wait for ever", arrivals, in, out, 1);
+  t.right("arrivals at a barrier, after such a block", handed_over, arrivals, in, out, 0);
+  t.wrong("arrivals before the write, or the read", handed_over, arrivals, in, out, 2);
+  t.error("arrivals for another thread count", "a barrier with two different thread counts", arrivals, in, out, 3);
   t.right("return before a barrier", one, early_return, out, false);
   t.error("return before a collective", "deadlock: 4 of 128", early_return, out, true);
 
@@ -474,6 +594,40 @@ int run() {
   t.error("wgmma, accumulators of two shapes", "in another shape", products, out, 8);
   t.error("wgmma in a branch", "do not agree", products, out, 9);
   t.error("wgmma past the shared memory", "leads out of the shared memory", products, out, 10);
+
+  const auto of_shared = [](int) { return 32 * 8 * (16 * 17 / 2); };
+  t.right("wgmma, a in shared memory", of_shared, products_of_shared, out, 0);
+  t.wrong("wgmma, a overwritten before the wait", of_shared, products_of_shared, out, 1);
+  t.error("wgmma with different a", "do not agree", products_of_shared, out, 2);
+  t.error("wgmma, a past the shared memory", "leads out of the shared memory", products_of_shared, out, 3);
+  t.wrong("wgmma, a with other strides", of_shared, products_of_shared, out, 4);
+
+  t.use_blocks(1, sizeof(BoxShared));
+  TensorMap in_map, in_rows, in_swizzled, out_map;
+  const bool mapped = make_tensor_map({in, 32, 1, 8, 8, 8, 4, 8}, in_map) &&
+                      make_tensor_map({in, 4, 1, 64, 64, 64, 4, 64}, in_rows) &&
+                      make_tensor_map({in, 4, 1, 64, 64, 64, 4, 64, true}, in_swizzled) &&
+                      make_tensor_map({out, 32, 1, 8, 8, 8, 4, 8}, out_map);
+  if (!mapped) return 1;
+  t.right("boxes", input, boxes, in_map, out, 0);
+  t.wrong("nobody waits for boxes", input, boxes, in_map, out, 1);
+  t.error("a barrier that expects more than a box", "deadlock: 128 of 128", boxes, in_map, out, 2);
+  t.error("a misaligned box", "a box of a tensor at a misaligned address", boxes, in_map, out, 3);
+  t.error("a box of another tensor", "a box outside its tensor", boxes, in_map, out, 4);
+  t.error("boxes without a fence", "nobody fenced", boxes, in_map, out, 5);
+  t.right("a box of rows", input, one_box, in_rows, out, 0, false);
+  t.right("a swizzled box", input, one_box, in_swizzled, out, 0, true);
+  t.wrong("a swizzled box, not read as such", input, one_box, in_swizzled, out, 0, false);
+  t.right("a box at a multiple of 128 bytes", input, one_box, in_rows, out, 32, false);
+  t.error("a swizzled box at one", "a box of a tensor at a misaligned address", one_box, in_swizzled, out, 32, true);
+  t.error("a box past the shared memory", "a box of a tensor past the shared memory", one_box, in_rows, out, 448,
+          false);
+  t.right("stores", input, stores, in, out_map, 0);
+  t.wrong("stores, overwritten before the wait", input, stores, in, out_map, 1);
+  t.error("return from stores", "a thread that returns while its stores are under way", stores, in, out_map, 2);
+  t.error("stores in no group", "a wait for stores that are in no group", stores, in, out_map, 3);
+  t.wrong("stores of another thread", input, stores, in, out_map, 4);
+  t.error("a misaligned store", "a box of a tensor at a misaligned address", stores, in, out_map, 5);
 
   t.use_blocks(2);
   t.right("a copy to both blocks of a cluster", input, to_neighbour, in, out, 0);

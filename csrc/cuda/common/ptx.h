@@ -212,12 +212,21 @@ __device__ __forceinline__ int keep_in_register(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+__device__ __forceinline__ uint64_t keep_in_register(uint64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 // ---- Barriers (barrier.sync) ---------------------------------------------------------------------------------------
 
 // Waits for `threads` threads (a multiple of 32) of the block at barrier `id`, 1 to 15; 0 is __syncthreads.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Comes to such a barrier and does not wait: others do, with barrier_sync(), and find what was written here before.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace kimi::cuda

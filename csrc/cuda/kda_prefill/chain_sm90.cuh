@@ -48,6 +48,13 @@ struct ValueRows {
   __device__ __forceinline__ static int place(int token, int octet) { return kOctets * token + octet; }
 };
 
+// The same without padding: an octet of eight tokens is in all banks by a swizzle, the copy engine's of 128 bytes.
+struct alignas(1024) SwizzledRows {
+  static constexpr int kOctets = 8;
+  uint4 octets[kChunk][kOctets];
+  __device__ __forceinline__ static int place(int token, int octet) { return kOctets * token + (octet ^ token % 8); }
+};
+
 template <int K>
 struct alignas(512) ChainStageSm90 {  // as the swizzle of the factors wants it
   ChunkFactorsSm90<K> factors;
@@ -94,44 +101,88 @@ __device__ __forceinline__ void wgmma_results(Word (&d)[N][4]) {
   for (int i = 0; i < N; ++i) register_fence(d[i]);
 }
 
-// What a warp of the chain holds and does, chunk by chunk.
-template <typename T, int K>
-struct ChainWarp {
-  using Stage = ChainStageSm90<K>;
+// S of 64 values in fp16, as left operand in shared memory.
+template <int K>
+struct SharedState {
+  uint4 octets[K / 8][64];  // [eight channels][value]
+};
 
-  float s[K / 8][4];                 // the state: rows g, g + 8 of the warp's 16, channels 8 i + 2 t, + 1
-  uint32_t state[K / 16][4];         // in fp16, as left operand
+// What a warp of the chain holds and does, chunk by chunk. Left operands are in registers; with kShared S is in shared
+// memory. `stage` is a ChainStageSm90 or what has the same members.
+template <typename T, int K, bool kShared = false>
+struct ChainWarp {
+  using Rows = std::conditional_t<kShared, SwizzledRows, ValueRows>;
+  float s[K / 8][4];                        // the state: rows g, g + 8 of the warp's 16, channels 8 i + 2 t, + 1
+  uint32_t state[kShared ? 1 : K / 16][4];  // in fp16, as left operand
+  SharedState<K>* shared_state = nullptr;
   float values[kGroups][4];          // v^T, x^T, v'^T
   uint32_t operand[kGroups / 2][4];  // the latter two in fp16, as left operand
-  float out[kGroups][4];             // o^T
-
-  int lane;
-  int matrix_place;  // for ldmatrix and stmatrix, in the first 16 rows of ValueRows, at the warp's 16 values
-
-  __device__ __forceinline__ ChainWarp() {
-    const int warp = threadIdx.x / kWarp;
-    lane = keep_in_register(threadIdx.x % kWarp);
-    matrix_place = keep_in_register(ValueRows::place(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
+  float separate_out[kShared ? 1 : kGroups][4];
+  __device__ __forceinline__ auto& out() {  // o^T. Registers of its own only where the next v^T comes before it goes.
+    if constexpr (kShared)
+      return values;
+    else
+      return separate_out;
   }
 
-  // state <- S * factor.
+  int lane, warp;
+  int matrix_place;  // for ldmatrix and stmatrix, in the first 16 of Rows, at the warp's 16 values
+
+  __device__ __forceinline__ static int place(int token, int octet) { return Rows::place(token, octet); }
+  __device__ __forceinline__ ChainWarp() { find_place(threadIdx.x); }
+  __device__ __forceinline__ void find_place(int thread) {
+    warp = thread / kWarp % 4;
+    lane = thread % kWarp;
+    matrix_place = Rows::place(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+    if constexpr (!kShared) {
+      lane = keep_in_register(lane);
+      matrix_place = keep_in_register(matrix_place);
+    }
+  }
+
+  // state <- S * factor; with kShared it is there only behind share_state().
   __device__ __forceinline__ void round_state(float factor) {
 #pragma unroll
     for (int x = 0; x < K / 16; ++x) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float (&from)[4] = s[2 * x + i / 2];
-        state[x][i] = pack2<Fp16>(from[2 * (i % 2)] * factor, from[2 * (i % 2) + 1] * factor);
+        state[kShared ? 0 : x][i] = pack2<Fp16>(from[2 * (i % 2)] * factor, from[2 * (i % 2) + 1] * factor);
       }
+      if constexpr (kShared) stmatrix_x4(&shared_state->octets[2 * x + lane / 16][16 * warp + lane % 16], state[0]);
     }
+  }
+  __device__ __forceinline__ static void share_state() {
+    if constexpr (kShared) {
+      fence_proxy_async();
+      barrier_sync(kWarpgroupBarrier, kWarpgroup);
+    }
+  }
+  // A matrix descriptor for one product. With kShared the compiler would keep the descriptors of all products, and
+  // spill them.
+  __device__ __forceinline__ static uint64_t anew(uint64_t descriptor) {
+    return kShared ? keep_in_register(descriptor) : descriptor;
+  }
+  // S as left operand, and its 16 channels 16 x ..
+  __device__ __forceinline__ uint64_t left_state() const {
+    if constexpr (kShared)
+      return anew(wgmma_descriptor<false>(shared_state->octets, sizeof(shared_state->octets[0]), 128));
+    else
+      return 0;
+  }
+  __device__ __forceinline__ decltype(auto) sixteen_of(uint64_t left, int x) const {
+    if constexpr (kShared)
+      return left + x * (2 * sizeof(shared_state->octets[0]) / 16);
+    else
+      return (state[x]);
   }
 
   // values <- v^T.
-  __device__ __forceinline__ void start_values(const Stage& stage) {
+  __device__ __forceinline__ void start_values(const auto& stage) {
 #pragma unroll
     for (int x = 0; x < kGroups / 2; ++x) {
       uint32_t v[4];
-      ldmatrix_x4_trans(v, &stage.v.octets[16 * x][matrix_place]);
+      ldmatrix_x4_trans(v, &stage.v.octets[16 * x][0] + matrix_place);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 pair = unpack_pair<T>(v[i]);
@@ -145,17 +196,17 @@ struct ChainWarp {
   __device__ __forceinline__ static int sixteen_channels(int x) { return x / 2 * 32 + x % 2 * 2; }
 
   // (1): values -= S k^T
-  __device__ __forceinline__ void multiply_k(const Stage& stage) {
-    const uint64_t k = wgmma_descriptor_swizzle_64(stage.factors.k, 0, 16 * K);
+  __device__ __forceinline__ void multiply_k(const auto& stage) {
+    const uint64_t k = anew(wgmma_descriptor_swizzle_64(stage.factors.k, 0, 16 * K)), left = left_state();
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(values, state[x], k + sixteen_channels(x), true);
+    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(values, sixteen_of(left, x), k + sixteen_channels(x), true);
     wgmma_commit();
   }
 
   // (2): values <- x^T T^T
-  __device__ __forceinline__ void multiply_t(const Stage& stage) {
-    const uint64_t t = wgmma_descriptor<true>(stage.factors.t, 128 * kGroups, 128);
+  __device__ __forceinline__ void multiply_t(const auto& stage) {
+    const uint64_t t = anew(wgmma_descriptor<true>(stage.factors.t, 128 * kGroups, 128));
     wgmma_fence();
 #pragma unroll
     for (int x = 0; x < kGroups / 2; ++x) wgmma_m64n64k16<true>(values, operand[x], t + 16 * kGroups * x, x > 0);
@@ -163,25 +214,25 @@ struct ChainWarp {
   }
 
   // (5): out += v'^T A_qk^T
-  __device__ __forceinline__ void multiply_a_qk(const Stage& stage) {
-    const uint64_t a_qk = wgmma_descriptor<false>(stage.factors.a_qk, 128 * kGroups, 128);
+  __device__ __forceinline__ void multiply_a_qk(const auto& stage) {
+    const uint64_t a_qk = anew(wgmma_descriptor<false>(stage.factors.a_qk, 128 * kGroups, 128));
 #pragma unroll
-    for (int x = 0; x < kGroups / 2; ++x) wgmma_m64n64k16<false>(out, operand[x], a_qk + 16 * kGroups * x, true);
+    for (int x = 0; x < kGroups / 2; ++x) wgmma_m64n64k16<false>(out(), operand[x], a_qk + 16 * kGroups * x, true);
     wgmma_commit();
   }
 
   // (3): out <- S q^T
-  __device__ __forceinline__ void multiply_q(const Stage& stage) {
-    const uint64_t q = wgmma_descriptor_swizzle_64(stage.factors.q, 0, 16 * K);
+  __device__ __forceinline__ void multiply_q(const auto& stage) {
+    const uint64_t q = anew(wgmma_descriptor_swizzle_64(stage.factors.q, 0, 16 * K)), left = left_state();
     wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(out, state[x], q + sixteen_channels(x), x > 0);
+    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(out(), sixteen_of(left, x), q + sixteen_channels(x), x > 0);
     wgmma_commit();
   }
 
   // (4): S += v'^T kg
-  __device__ __forceinline__ void multiply_kg(const Stage& stage) {
-    const uint64_t kg = wgmma_descriptor_swizzle_64(stage.factors.kg, 512, 16 * K);
+  __device__ __forceinline__ void multiply_kg(const auto& stage) {
+    const uint64_t kg = anew(wgmma_descriptor_swizzle_64(stage.factors.kg, 512, 16 * K));
     wgmma_fence();
 #pragma unroll
     for (int x = 0; x < kGroups / 2; ++x) {
@@ -233,28 +284,40 @@ struct ChainWarp {
     }
   }
 
+  // The same with fewer registers.
+  __device__ __forceinline__ void decay_state(const float* decay) {
+    decay += 4 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < K / 16; ++i) {
+      const auto four = load_vec<float, 4>(decay + 16 * i);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) s[2 * i + e / 4][e % 4] *= four.x[e / 4 * 2 + e % 2];
+    }
+  }
+
   // rows <- the output times `factor`, in the dtype of memory; the warp's columns.
-  __device__ __forceinline__ void round_out(float factor, ValueRows& rows) const {
+  __device__ __forceinline__ void round_out(float factor, Rows& rows) {
 #pragma unroll
     for (int x = 0; x < kGroups / 2; ++x) {
       uint32_t words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float (&from)[4] = out[2 * x + i / 2];
+        const float (&from)[4] = out()[2 * x + i / 2];
         words[i] = pack2<T>(from[2 * (i % 2)] * factor, from[2 * (i % 2) + 1] * factor);
       }
-      stmatrix_x4_trans(&rows.octets[16 * x][matrix_place], words);
+      stmatrix_x4_trans(&rows.octets[16 * x][0] + matrix_place, words);
     }
     __syncwarp();
   }
   // The same to memory: the chunk's first `count` tokens, `to` being the first, at the warp's values.
-  __device__ __forceinline__ void write_out(float factor, ValueRows& rows, T* to, int64_t token_stride, int count,
-                                            bool wide) const {
+  __device__ __forceinline__ void write_out(float factor, Rows& rows, T* to, int64_t token_stride, int count,
+                                            bool wide) {
     round_out(factor, rows);
 #pragma unroll 1
     for (int token = lane / 2; token < count; token += kWarp / 2) {
       const int octet = lane % 2;
-      store_octet(to + token * token_stride + 8 * octet, rows.octets[token][2 * (threadIdx.x / kWarp) + octet], wide);
+      store_octet(to + token * token_stride + 8 * octet, (&rows.octets[0][0])[Rows::place(token, 2 * warp + octet)],
+                  wide);
     }
     __syncwarp();
   }
@@ -307,9 +370,9 @@ struct ChainTask {
 
 // A chunk whose v' some warp of the warpgroup found not fit, or that goes token by token, for the warps that have not
 // done it yet; their output is written.
-template <typename T, int K>
-__device__ __forceinline__ void careful_chunk(ChainWarp<T, K>& x, const KdaPrefillParams& p, const Segment& segment,
-                                              const ChainTask& task, ChainStageSm90<K>& stage, int chunk,
+template <typename T, int K, bool kShared, typename Stage>
+__device__ __forceinline__ void careful_chunk(ChainWarp<T, K, kShared>& x, const KdaPrefillParams& p,
+                                              const Segment& segment, const ChainTask& task, Stage& stage, int chunk,
                                               T* out_of_chunk, bool done) {
   const int count = min(task.length - chunk * kChunk, kChunk);
   ChunkUnits units(stage.header.exact != 0);
@@ -319,6 +382,7 @@ __device__ __forceinline__ void careful_chunk(ChainWarp<T, K>& x, const KdaPrefi
       const bool idle = units.exact || done;
       const float factor = idle ? 0.0f : power_of_two(-units.unit);
       x.round_state(factor);
+      x.share_state();
       x.start_values(stage);
 #pragma unroll
       for (int i = 0; i < 4 * kGroups; ++i) x.values[i / 4][i % 4] *= factor;
@@ -333,7 +397,7 @@ __device__ __forceinline__ void careful_chunk(ChainWarp<T, K>& x, const KdaPrefi
       const Magnitude magnitude = magnitude_of(x.operand);
       const auto value_units = [&] {
         return choose_value_units<T>(
-            [&](int token, int i) { return stage.v.octets[token][2 * (threadIdx.x / kWarp) + i]; });
+            [&](int token, int i) { return (&stage.v.octets[0][0])[x.place(token, 2 * x.warp + i)]; });
       };
       again = !idle && !units.template accept<K>(magnitude, x.s, value_units) && !units.exact;
     } while (barrier_or(kWarpgroupBarrier, kWarpgroup, again));
@@ -353,7 +417,7 @@ __device__ __forceinline__ void careful_chunk(ChainWarp<T, K>& x, const KdaPrefi
     x.multiply_a_qk(stage);
     wgmma_wait<0>();
     wgmma_results(x.s);
-    wgmma_results(x.out);
+    wgmma_results(x.out());
     if (!idle) {
       scale_state<K>(x.s, power_of_two(units.unit));
       x.write_out(p.scale * power_of_two(units.unit), stage.v, out_of_chunk, p.out_token_stride, count,
@@ -542,7 +606,7 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
     wgmma_results(x.s);
     if (!all_plain) [[unlikely]] {
       wgmma_wait<0>();
-      wgmma_results(x.out);
+      wgmma_results(x.out());
       auto& stage_anew = ring.stage_behind_anew();
       if (plain)
         x.write_out(p.scale, stage_anew.v, out, p.out_token_stride, min(task.length - chunk * kChunk, kChunk),
@@ -553,7 +617,7 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
     x.round_state(1.0f);
     x.multiply_k(ring.stage());
     wgmma_wait<1>();
-    wgmma_results(x.out);
+    wgmma_results(x.out());
     if (all_plain) x.round_out(p.scale, stage.v);
     ring.release_behind(all_plain);
     if (chunk < p.num_snapshots && task.length - chunk * kChunk >= kChunk) [[unlikely]] {

@@ -104,6 +104,7 @@ struct Segment {
   bool forward = false;  // the order in which the first kernel goes through the chunks
   // Which tensors lie such that vectors of up to 16 bytes may be used.
   bool wide_inputs = false, wide_out = false, wide_state = false;
+  bool boxes = false;  // the copy engine brings and takes whole chunks (whole_sm90.cuh)
 };
 
 template <typename Image>

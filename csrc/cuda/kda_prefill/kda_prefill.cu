@@ -16,6 +16,7 @@
 #include "cuda/kda_prefill/chain_sm90.cuh"
 #include "cuda/kda_prefill/prep.cuh"
 #include "cuda/kda_prefill/tokens.cuh"
+#include "cuda/kda_prefill/whole_sm90.cuh"
 
 namespace kimi::cuda {
 namespace {
@@ -162,6 +163,23 @@ struct Plan {
   int64_t next(int64_t previous) const { return std::min(most, static_cast<int64_t>(std::ceil(previous * growth))); }
 };
 
+// Whether the one kernel for whole heads is the faster way, as far as the caller lets us know: it is where no block has
+// much more to do than others. In us; kWholeTime for a chunk of a head.
+constexpr double kWholeTime = 7.0, kWholeStart = 6.0, kChunkedStart = 12.0;
+bool is_whole(const KdaPrefillParams& p) {
+  if (!use_sm90() || p.max_seqlen <= 0 || p.state_dtype != DType::kF32 || p.g_dtype != p.dtype) return false;
+  const double blocks = multiprocessors(), tasks = static_cast<double>(p.num_sequences * p.num_value_heads);
+  const auto longest = static_cast<double>(ceil_div<int64_t>(std::min(p.max_seqlen, p.num_tokens), kChunk));
+  const double share = ceil_div<int64_t>(p.num_tokens, kChunk) * p.num_value_heads / blocks;  // of a block, in chunks
+  // Of the block that has most: where sequences are alike, so many of them; else an upper bound, if it begins its
+  // longest one last.
+  const double most = p.max_seqlen * p.num_sequences == p.num_tokens
+                          ? std::ceil(tasks / blocks) * longest
+                          : std::max(longest, share + (longest - 1) * (1 - 1 / blocks));
+  const double chunked = std::max(share * (kPrepTime + 3 * kChainTime), longest * kChainTime);
+  return kWholeStart + kWholeTime * most < kChunkedStart + chunked;
+}
+
 template <typename T, int K, int kWarps>
 void launch_chain(const KdaPrefillParams& p, Segment segment, cudaStream_t stream) {
   using Shared = ChainShared<K, kWarps>;
@@ -194,6 +212,25 @@ void launch_sm90_chain(const KdaPrefillParams& p, const Segment& segment, cudaSt
          sizeof(ChainSharedSm90<K>), stream, p, segment);
 }
 
+// One kernel for whole heads.
+template <typename T, int K>
+void run_whole(const KdaPrefillParams& p, Segment segment, cudaStream_t stream) {
+  WholeMaps maps = {};
+  const auto map = [&](const void* data, int64_t heads, int64_t token_stride, int64_t head_stride, int piece,
+                       bool swizzled, TensorMap& to) {
+    return make_tensor_map({data, p.num_tokens, heads, K, token_stride, head_stride, kChunk, piece, swizzled}, to);
+  };
+  segment.boxes = segment.wide_inputs && segment.wide_out && p.num_tokens >= kChunk &&
+                  map(p.q, p.num_heads, p.q_token_stride, p.q_head_stride, 32, false, maps.q) &&
+                  map(p.k, p.num_heads, p.k_token_stride, p.k_head_stride, 32, false, maps.k) &&
+                  map(p.g, p.num_value_heads, p.g_token_stride, p.g_head_stride, K, false, maps.g) &&
+                  map(p.v, p.num_value_heads, p.v_token_stride, p.v_head_stride, 64, true, maps.v) &&
+                  map(p.out, p.num_value_heads, p.out_token_stride, p.out_head_stride, 64, true, maps.out);
+  const int64_t blocks = std::min<int64_t>(p.num_sequences * p.num_value_heads, multiprocessors());
+  launch(kda_whole_sm90_kernel<T, K, K>, dim3(static_cast<unsigned>(blocks)), dim3(kWholeThreads<K>),
+         sizeof(WholeShared<K, K>), stream, p, segment, maps);
+}
+
 // All kernels, segment by segment: P0 C0 P1 C1 ... Where the plan has them overlap, each may begin before the one in
 // front of it has ended, in so far: C(s) waits for P(s); P(s) begins when all blocks of C(s - 1) run, and writes the
 // images that C(s - 2) has read; it ends only after C(s - 1), so that C(s) waits for that too. P0 waits for what is in
@@ -208,6 +245,9 @@ void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
   segment.wide_out = aligned_to(16, p.out) && multiples_of(8, p.out_token_stride, p.out_head_stride);
   segment.wide_state = wide_state(p);
 
+  if constexpr (kSm90) {
+    if (is_whole(p)) return run_whole<T, K>(p, segment, stream);
+  }
   const Plan plan(p);
   segment.forward = plan.overlapped;
   segment.prefetch = plan.overlapped ? kPrefetchTokens : -kPrefetchTokens;
@@ -229,7 +269,7 @@ void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
 }  // namespace
 
 size_t kda_prefill_workspace_bytes(const KdaPrefillParams& p) {
-  if (p.num_tokens == 0 || p.num_sequences == 0 || !is_chunked(p)) return 16;  // not null
+  if (p.num_tokens == 0 || p.num_sequences == 0 || !is_chunked(p) || is_whole(p)) return 16;  // not null
   return Plan(p).workspace_bytes;
 }
 

@@ -22,49 +22,55 @@
 #pragma once
 
 #include "cuda/common/ptx_sm90.h"
+#include "cuda/common/shared_memory.h"
 #include "cuda/kda_prefill/prep_system.cuh"
 
 namespace kimi::cuda {
 
-// The block's chunk. Image: where the results go, ChunkImage<K> or what has the same member functions.
-template <typename T, int K, typename Image>
-__device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const Segment& segment) {
-  auto& shared = shared_memory<PrepShared<K>>();
-  const PrepLane at;
-  const int num_heads = static_cast<int>(p.num_value_heads);
-  // From the last chunk to the first, usually: the second kernel finds the images it begins with in the L2 cache.
-  const int chunk = segment.first + static_cast<int>(segment.forward ? blockIdx.y : gridDim.y - 1 - blockIdx.y);
-  PrepTask task;
-  if (!task.find(p, chunk)) return;
+// The barrier of the threads that make an image: the block's first kPrepThreads.
+inline constexpr int kPrepBarrier = 8;
+__device__ __forceinline__ void prep_sync() {
+  barrier_sync(kPrepBarrier, kPrepThreads);
+}
 
-  // Phase 1: inputs and gates.
-  auto& image = image_of<Image>(segment, chunk, task.head, num_heads);
-  PrepInputs<T, K> inputs;
-  inputs.load(p, task, segment.wide_inputs, shared);
-  prefetch_inputs<T, K>(p, task, segment.prefetch);
-  const auto halves = group_gates(p, task, inputs, shared);
-  __syncthreads();
+// From inputs, which are under way, to the image. Image: ChunkImage<K> or what has the same member functions.
+//
+// For who makes one image after the other in the same place (whole_sm90.cuh), all threads call behind_gates() at the
+// end of phase 1; before_image() before they write to the image; behind_operands() when all of it but T is written; and
+// behind_inputs() when nobody uses inputs and operands any more.
+template <typename T, int K, bool kOnlyT, typename Image, typename BehindGates, typename BeforeImage,
+          typename BehindOperands, typename BehindInputs>
+__device__ __forceinline__ void make_image(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
+                                           PrepInputs<T, K, kOnlyT>& inputs, PrepShared<K>& shared, Image& image,
+                                           BehindGates&& behind_gates, BeforeImage&& before_image,
+                                           BehindOperands&& behind_operands, BehindInputs&& behind_inputs) {
+  // Phase 1: gates.
+  const auto halves = group_gates(at, p, task, inputs, shared);
+  behind_gates();
+  prep_sync();
 
   // Phase 2: what depends on a token alone, and the sums of the gates over the chunk.
-  add_groups(shared, image);
+  const float log2_decay = add_groups(at, shared);
   cp_async_wait<0>();
   __syncwarp();
-  const TokenScales scales = token_scales(p, task, inputs, shared);
-  const bool exact = __syncthreads_or(scales.exact);
+  const TokenScales scales = token_scales(at, p, task, inputs, shared);
+  const bool exact = barrier_or(kPrepBarrier, kPrepThreads, scales.exact);
 
   // Phase 3: operands.
-  make_factors(halves, shared);
+  make_factors(at, halves, shared);
+  before_image();
+  if (at.thread < K) image.store_decay(at.thread, exp2_approx(log2_decay));
   RowOperands<K> rows;
   float diagonal[4] = {};
-  make_operands<T>(scales, exact, shared, image, rows, diagonal);
-  const uint32_t a_qk_diagonal = store_diagonal(scales, diagonal, shared);
-  __syncthreads();
+  make_operands<T>(at, scales, exact, shared, image, rows, diagonal);
+  const uint32_t a_qk_diagonal = store_diagonal(at, scales, diagonal, shared);
+  prep_sync();
 
   // Phase 4: A_kk, A_qk and the diagonal inverses; kg in pairs of groups. The later groups have the more products, the
   // warps of the earlier ones the rest of the work.
-  make_systems(rows, a_qk_diagonal, scales.step, shared, image);
-  if (at.group * kWarp < kChunk) invert_diagonal_blocks(shared);
-  if (threadIdx.x == 2 * kWarp) image.store_header(exact);
+  make_systems(at, rows, a_qk_diagonal, scales.step, shared, image);
+  if (at.group * kWarp < kChunk) invert_diagonal_blocks(at, shared);
+  if (at.thread == 2 * kWarp) image.store_header(exact);
   if constexpr (Image::kTransposedKg) {
     if (at.group < kGroups / 2) {
       const int s = at.group;
@@ -74,18 +80,37 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
                        shared.groups[2 * s + 1][j].operands.kg[at.lane]);
     }
   }
-  __syncthreads();
+  behind_operands();
+  prep_sync();
+  behind_inputs();
 
   // Phase 5: T, 16 columns a warp.
   const int pair = at.group;
   if (pair >= kGroups / 2) return;
   uint32_t x[kGroups][2];
-  substitute(shared, pair, x);
+  substitute(at, shared, pair, x);
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     // NaN where the image is not valid: every v' will be, and the second kernel looks for that.
     image.store_t(pair, i, at.lane, exact ? 0x7fff7fffu : x[i][0], exact ? 0x7fff7fffu : x[i][1]);
   }
+}
+
+// The block's chunk.
+template <typename T, int K, typename Image>
+__device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const Segment& segment) {
+  auto& shared = shared_memory<PrepShared<K>>();
+  // From the last chunk to the first, usually: the second kernel finds the images it begins with in the L2 cache.
+  const int chunk = segment.first + static_cast<int>(segment.forward ? blockIdx.y : gridDim.y - 1 - blockIdx.y);
+  PrepTask task;
+  if (!task.find(p, chunk)) return;
+  PrepInputs<T, K> inputs;
+  const PrepLane at(threadIdx.x);
+  inputs.load(at, p, task, segment.wide_inputs, shared);
+  prefetch_inputs<T, K>(at, p, task, segment.prefetch);
+  make_image(
+      at, p, task, inputs, shared, image_of<Image>(segment, chunk, task.head, p.num_value_heads), [] {}, [] {}, [] {},
+      [] {});
 }
 
 // SASS: tensor cores, 16-byte loads, stack 8 (one address; registers are full)

@@ -68,11 +68,13 @@ __device__ __forceinline__ void copy_octet(uint4* to, const T* from) {
 // What a thread loads: of all tokens of the group the raw gates of channels K / 32 * lane on, to registers; of its own
 // token q and k to shared memory, from where it takes them itself (registers would be too many: what is kept of them
 // keeps the compiler from loading ahead in phase 3).
-template <typename T, int K>
+//
+// kOnlyT: the gates are T; else they may be fp32 too.
+template <typename T, int K, bool kOnlyT = false>
 struct PrepInputs {
   static constexpr int kChannels = K / kWarp;
   // As they are in memory: to convert anything here would be to wait for it.
-  uint32_t gates[kGroup][kChannels];  // words; half of them for a 16-bit dtype
+  uint32_t gates[kGroup][kOnlyT ? kChannels / 2 : kChannels];  // words; half of them for a 16-bit dtype
   Vec<float, kChannels> bias;
   float log_rate;
   uint16_t beta_words[2];  // the upper half, and the lower one of an fp32 beta
@@ -82,15 +84,16 @@ struct PrepInputs {
     return to_float(bits_as<T>(beta_words[0]));
   }
 
-  // All loads are under way before the first use; the gates, which are needed first, in front. Rows past the end are
-  // another token's, and made harmless later.
-  template <bool kWide, typename G>
-  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, PrepShared<K>& shared) {
-    const PrepLane at;
-    log_rate = p.A_log ? p.A_log[task.head] : 0.0f;
+  template <bool kWide>
+  __device__ __forceinline__ void load_constants(int lane, const KdaPrefillParams& p, unsigned head) {
+    log_rate = p.A_log ? p.A_log[head] : 0.0f;
     bias = {};
     if (p.dt_bias && p.gate != KdaGate::kLogDecay)
-      bias = load_elements<kWide, float, kChannels>(p.dt_bias + task.head * K + kChannels * at.lane);
+      bias = load_elements<kWide, float, kChannels>(p.dt_bias + head * K + kChannels * lane);
+  }
+  // Rows past the end are another token's, and made harmless later.
+  template <bool kWide, typename G>
+  __device__ __forceinline__ void load_gates(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task) {
     const int left = task.count - kGroup * at.group;
     const uint64_t first_of_group = task.first_token + static_cast<unsigned>(left > 0 ? kGroup * at.group : 0);
     const G* from_g = static_cast<const G*>(p.g) + task.head * p.g_head_stride + kChannels * at.lane +
@@ -109,30 +112,74 @@ struct PrepInputs {
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) load_row(i, from_g + min(i, last) * p.g_token_stride);
     }
-    const int row = kGroup * at.group + at.g;
-    const uint64_t token = task.first_token + static_cast<unsigned>(row < task.count ? row : 0);
+  }
+  // q and k of the lane's token, to shared memory.
+  template <bool kWide>
+  __device__ __forceinline__ static void copy_keys(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
+                                                   PrepShared<K>& shared) {
+    const uint64_t token = token_of(at, task);
     const T* from_q = static_cast<const T*>(p.q) + token * p.q_token_stride + task.qk_head * p.q_head_stride + 8 * at.t;
     const T* from_k = static_cast<const T*>(p.k) + token * p.k_token_stride + task.qk_head * p.k_head_stride + 8 * at.t;
 #pragma unroll
     for (int j = 0; j < K / 32; ++j) {
-      copy_octet<kWide>(&shared.k_then_k_half[at.group][j][at.lane], from_k + 32 * j);
-      copy_octet<kWide>(&shared.q[at.group][j][at.lane], from_q + 32 * j);
+      copy_octet<kWide>(&shared.k_then_k_half[j][at.group][at.lane], from_k + 32 * j);
+      copy_octet<kWide>(&shared.q[j][at.group][at.lane], from_q + 32 * j);
     }
-    cp_async_commit();
-    const int64_t beta_at = token * p.beta_token_stride + task.head * p.beta_head_stride;
+  }
+  __device__ __forceinline__ void load_beta(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task) {
+    const int64_t beta_at = token_of(at, task) * p.beta_token_stride + task.head * p.beta_head_stride;
     const bool wide_beta = p.beta_dtype == DType::kF32;
     const uint16_t* from_beta = static_cast<const uint16_t*>(p.beta) + (wide_beta ? 2 * beta_at : beta_at);
     beta_words[0] = from_beta[wide_beta ? 1 : 0];
     beta_words[1] = from_beta[0];
   }
+  __device__ __forceinline__ static uint64_t token_of(const PrepLane& at, const PrepTask& task) {
+    const int row = kGroup * at.group + at.g;
+    return task.first_token + static_cast<unsigned>(row < task.count ? row : 0);
+  }
 
-  __device__ __forceinline__ void load(const KdaPrefillParams& p, const PrepTask& task, bool wide,
+  // Gates of dtype T by way of shared memory, the chunk's one row after the other, where from_mid will be: those of the
+  // warp's group to there; and from there.
+  template <bool kWide>
+  __device__ __forceinline__ static void copy_gates(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
+                                                    PrepShared<K>& shared) {
+    constexpr int kOctets = K / 8;  // of a row
+    const int left = task.count - kGroup * at.group, last = min(max(left, 1), kGroup) - 1;
+    const T* const from =
+        static_cast<const T*>(p.g) + task.head * p.g_head_stride +
+        (task.first_token + static_cast<unsigned>(left > 0 ? kGroup * at.group : 0)) * p.g_token_stride;
+    uint4* const to = reinterpret_cast<uint4*>(&shared.groups) + kGroup * kOctets * at.group;
+#pragma unroll 1
+    for (int i = at.lane; i < kGroup * kOctets; i += kWarp)
+      copy_octet<kWide>(to + i, from + min(i / kOctets, last) * p.g_token_stride + i % kOctets * 8);
+  }
+  __device__ __forceinline__ void take_gates(const PrepLane& at, const PrepShared<K>& shared) {
+    const auto* const from = reinterpret_cast<const uint32_t*>(&shared.groups) + K / 2 * kGroup * at.group;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const auto words = load_vec<uint32_t, kChannels / 2>(from + K / 2 * i + kChannels / 2 * at.lane);
+#pragma unroll
+      for (int c = 0; c < kChannels / 2; ++c) gates[i][c] = words.x[c];
+    }
+  }
+
+  // All loads are under way before the first use; the gates, which are needed first, in front.
+  template <bool kWide, typename G>
+  __device__ __forceinline__ void load(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
+                                       PrepShared<K>& shared) {
+    load_constants<kWide>(at.lane, p, task.head);
+    load_gates<kWide, G>(at, p, task);
+    copy_keys<kWide>(at, p, task, shared);
+    cp_async_commit();
+    load_beta(at, p, task);
+  }
+  __device__ __forceinline__ void load(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task, bool wide,
                                        PrepShared<K>& shared) {
     const bool wide_gates = p.g_dtype == DType::kF32;
     if (wide)
-      wide_gates ? load<true, float>(p, task, shared) : load<true, T>(p, task, shared);
+      wide_gates ? load<true, float>(at, p, task, shared) : load<true, T>(at, p, task, shared);
     else
-      wide_gates ? load<false, float>(p, task, shared) : load<false, T>(p, task, shared);
+      wide_gates ? load<false, float>(at, p, task, shared) : load<false, T>(at, p, task, shared);
   }
 
   // The gates times log2(e), with their bias.
@@ -161,15 +208,19 @@ struct GroupHalves {
 };
 
 // Phase 1b. Sums of the gates over the group: leaves G - mid, and the sum for the others to add.
-template <typename T, int K>
-__device__ __forceinline__ GroupHalves<K / kWarp> group_gates(const KdaPrefillParams& p, const PrepTask& task,
-                                                              const PrepInputs<T, K>& inputs, PrepShared<K>& shared) {
+template <typename T, int K, bool kOnlyT>
+__device__ __forceinline__ GroupHalves<K / kWarp> group_gates(const PrepLane& at, const KdaPrefillParams& p,
+                                                              const PrepTask& task,
+                                                              const PrepInputs<T, K, kOnlyT>& inputs,
+                                                              PrepShared<K>& shared) {
   constexpr int kChannels = K / kWarp, kMid = kGroup / 2 - 1;
-  const PrepLane at;
   const int channel = kChannels * at.lane, left = task.count - kGroup * at.group;
   float log2_decay[kGroup][kChannels];
-  p.g_dtype == DType::kF32 ? inputs.template unpack_gates<float>(log2_decay)
-                           : inputs.template unpack_gates<T>(log2_decay);
+  if constexpr (kOnlyT)
+    inputs.template unpack_gates<T>(log2_decay);
+  else
+    p.g_dtype == DType::kF32 ? inputs.template unpack_gates<float>(log2_decay)
+                             : inputs.template unpack_gates<T>(log2_decay);
   log2_decays(p, inputs.log_rate, log2_decay);
   if (left < kGroup) {
 #pragma unroll
@@ -234,8 +285,7 @@ __device__ __forceinline__ float scaled_row_squares(const uint4 (&row)[J]) {
 
 // Sum of the squares of the lane's token's row: the diagonal of x x^T.
 template <typename T, int J>
-__device__ __forceinline__ float row_squares(const uint4 (&x)[J]) {
-  const PrepLane at;
+__device__ __forceinline__ float row_squares(const PrepLane& at, const uint4 (&x)[J]) {
   // Two words of a lane are rows g and g + 8, of different channels: the product with either has one half of use. (To
   // take the same words of q and k together would need moves between registers.)
   float first[4] = {}, second[4] = {};
@@ -270,19 +320,18 @@ struct TokenScales {
 };
 
 // Phase 2a.
-template <typename T, int K>
-__device__ __forceinline__ TokenScales token_scales(const KdaPrefillParams& p, const PrepTask& task,
-                                                    const PrepInputs<T, K>& inputs, PrepShared<K>& shared) {
-  const PrepLane at;
+template <typename T, int K, bool kOnlyT>
+__device__ __forceinline__ TokenScales token_scales(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
+                                                    const PrepInputs<T, K, kOnlyT>& inputs, PrepShared<K>& shared) {
   const float beta = inputs.beta(p.beta_dtype);
   TokenScales scales{1.0f, 1.0f, p.use_beta_sigmoid ? sigmoid(beta) : beta, 1.0f, false};
   uint4 q[K / 32], k[K / 32];
 #pragma unroll
   for (int j = 0; j < K / 32; ++j) {
-    q[j] = shared.q[at.group][j][at.lane];
-    k[j] = shared.k_then_k_half[at.group][j][at.lane];
+    q[j] = shared.q[j][at.group][at.lane];
+    k[j] = shared.k_then_k_half[j][at.group][at.lane];
   }
-  const float q2 = row_squares<T>(q), k2 = row_squares<T>(k);
+  const float q2 = row_squares<T>(at, q), k2 = row_squares<T>(at, k);
   if (p.use_qk_l2norm) {
     scales.q = inverse_norm<T>(q, q2);
     scales.k = inverse_norm<T>(k, k2);
@@ -305,8 +354,9 @@ __device__ __forceinline__ TokenScales token_scales(const KdaPrefillParams& p, c
 
 // To the L2 cache: the inputs of the chunk that is `ahead` tokens further, which another block will soon take up.
 template <typename T, int K>
-__device__ __forceinline__ void prefetch_inputs(const KdaPrefillParams& p, const PrepTask& task, int ahead) {
-  const int row = threadIdx.x % kChunk, part = threadIdx.x / kChunk;
+__device__ __forceinline__ void prefetch_inputs(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
+                                                int ahead) {
+  const int row = at.thread % kChunk, part = at.thread / kChunk;
   const int64_t token = static_cast<int64_t>(task.first_token) + ahead + row;
   if (token < 0 || token >= p.num_tokens) return;
   const auto prefetch = [&](const void* base, int64_t token_stride, int64_t head_stride, int head, int bytes) {
@@ -326,15 +376,17 @@ __device__ __forceinline__ uint4 movmatrix_trans(uint4 x) {
   return make_uint4(movmatrix_trans(x.x), movmatrix_trans(x.y), movmatrix_trans(x.z), movmatrix_trans(x.w));
 }
 
-// Phase 2b. One channel a thread: the sums over the groups become sums from the chunk's start to the group's end.
-template <int K, typename Image>
-__device__ __forceinline__ void add_groups(PrepShared<K>& shared, Image& image) {
-  const int c = static_cast<int>(threadIdx.x);
-  if (c >= K) return;
+// Phase 2b. One channel a thread: the sums over the groups become sums from the chunk's start to the group's end; and
+// the sum over the chunk.
+template <int K>
+__device__ __forceinline__ float add_groups(const PrepLane& at, PrepShared<K>& shared) {
+  const int c = at.thread;
   float sum = 0.0f;
+  if (c < K) {
 #pragma unroll
-  for (int m = 0; m < kGroups; ++m) shared.sums[m][c] = sum += shared.sums[m][c];
-  image.store_decay(c, exp2_approx(sum));
+    for (int m = 0; m < kGroups; ++m) shared.sums[m][c] = sum += shared.sums[m][c];
+  }
+  return sum;
 }
 
 }  // namespace kimi::cuda

@@ -17,10 +17,10 @@ enum PowerOfGroup { kFromStart, kWithinHalf, kBetweenHalves };
 // groups are taken apart into a whole number, whose power of two may multiply an fp16 operand without an error, and a
 // fraction, which is in the operands from the beginning.
 template <int K>
-__device__ __forceinline__ void make_factors(const GroupHalves<K / kWarp>& halves, PrepShared<K>& shared) {
+__device__ __forceinline__ void make_factors(const PrepLane& at, const GroupHalves<K / kWarp>& halves,
+                                             PrepShared<K>& shared) {
   constexpr int kChannels = K / kWarp;
   using Channels = Vec<float, kChannels>;
-  const PrepLane at;
   const int m = at.group, channel = kChannels * at.lane;
   const auto sum_before = [&](int group) { return load_vec<float, kChannels>(&shared.sums[group - 1][channel]); };
   const Channels start = m == 0 ? Channels{} : sum_before(m), end = sum_before(m + 1), total = sum_before(kGroups);
@@ -83,8 +83,7 @@ __device__ __forceinline__ uint4 multiply(uint4 a, uint4 b) {
 
 // The b operand 1 of mma.m16n8k8.
 template <typename T>
-__device__ __forceinline__ uint32_t identity_operand() {
-  const PrepLane at;
+__device__ __forceinline__ uint32_t identity_operand(const PrepLane& at) {
   return pack2<T>(at.g == 2 * at.t ? 1.0f : 0.0f, at.g == 2 * at.t + 1 ? 1.0f : 0.0f);
 }
 
@@ -110,17 +109,17 @@ struct RowOperands {
 
 // Phase 3b. All operands of the group's tokens; the product of the group with itself into `diagonal` (k rows, q rows).
 template <typename T, int K, typename Image>
-__device__ __forceinline__ void make_operands(const TokenScales& scales, bool exact, PrepShared<K>& shared,
-                                              Image& image, RowOperands<K>& rows, float (&diagonal)[4]) {
-  const PrepLane at;
+__device__ __forceinline__ void make_operands(const PrepLane& at, const TokenScales& scales, bool exact,
+                                              PrepShared<K>& shared, Image& image, RowOperands<K>& rows,
+                                              float (&diagonal)[4]) {
   const float q_scale = scales.q * kTf32Rounding, k_scale = scales.k * kTf32Rounding;
-  const uint32_t identity = identity_operand<T>();
+  const uint32_t identity = identity_operand<T>(at);
 #pragma unroll
   for (int j = 0; j < K / 32; ++j) {
     const int channel = 32 * j + 8 * at.t;
     auto& group = shared.groups[at.group][j];
     float q[8], k[8], k_column[8], factor[8];
-    const uint4 raw_q = shared.q[at.group][j][at.lane], raw_k = shared.k_then_k_half[at.group][j][at.lane];
+    const uint4 raw_q = shared.q[j][at.group][at.lane], raw_k = shared.k_then_k_half[j][at.group][at.lane];
     to_float_by_mma<T>(raw_q, identity, q_scale, q);
     to_float_by_mma<T>(raw_k, identity, k_scale, k);
 #pragma unroll
@@ -171,7 +170,7 @@ __device__ __forceinline__ void make_operands(const TokenScales& scales, bool ex
     group.operands.k_end[at.lane] = k_end;
     // The same for rows beyond a quarter or half of the chunk, of groups that end before it does.
     if (at.group % 4 == 0) shared.k_quarter[at.group / 4][j][at.lane] = multiply(k_end, power(kWithinHalf));
-    if (at.group < 3) shared.k_then_k_half[at.group][j][at.lane] = multiply(k_end, power(kBetweenHalves));
+    if (at.group < 3) shared.k_then_k_half[j][at.group][at.lane] = multiply(k_end, power(kBetweenHalves));
     load_eight(factor, &shared.factors[at.group][2][channel]);
     const uint4 kg = pack_scaled(k_column, factor);
     if constexpr (Image::kTransposedKg)
@@ -183,9 +182,8 @@ __device__ __forceinline__ void make_operands(const TokenScales& scales, bool ex
 
 // Phase 3c. beta L within the group, for whoever inverts it; the group's own tile of A_qk.
 template <int K>
-__device__ __forceinline__ uint32_t store_diagonal(const TokenScales& scales, const float (&diagonal)[4],
-                                                   PrepShared<K>& shared) {
-  const PrepLane at;
+__device__ __forceinline__ uint32_t store_diagonal(const PrepLane& at, const TokenScales& scales,
+                                                   const float (&diagonal)[4], PrepShared<K>& shared) {
   const int column = 2 * at.t;
   const float beta = scales.beta;
   const Vec<float, 2> system = {column < at.g ? beta * diagonal[0] : 0.0f,

@@ -33,9 +33,9 @@ struct PrepTask {
 
 // The place of a thread: warp = group of tokens, lane = 4 g + t.
 struct PrepLane {
-  int group, lane, g, t;
-  __device__ __forceinline__ PrepLane()
-      : group(threadIdx.x / kWarp), lane(threadIdx.x % kWarp), g(lane / 4), t(lane % 4) {}
+  int thread, group, lane, g, t;
+  __device__ __forceinline__ explicit PrepLane(int thread)
+      : thread(thread), group(thread / kWarp), lane(thread % kWarp), g(lane / 4), t(lane % 4) {}
 };
 
 // Three levels of products between groups: within pairs, within each half of the chunk, between the halves.
@@ -49,10 +49,10 @@ struct PrepShared {
       uint4 kg[kWarp];     // k 2^(end of the chunk - G), transposed; phase 3 to 4
     } operands;
   } groups[kGroups][K / 32];
-  // Of each group and 32 channels, each lane its own 16 bytes: q and k as they are in memory in phases 1 to 3; in the
+  // Of 32 channels and each group, each lane its own 16 bytes: q and k as they are in memory in phases 1 to 3; in the
   // place of k of groups 0 to 2 then k_end for the products between the halves, in phase 4.
-  uint4 q[kGroups][K / 32][kWarp];
-  uint4 k_then_k_half[kGroups][K / 32][kWarp];
+  alignas(128) uint4 q[K / 32][kGroups][kWarp];
+  uint4 k_then_k_half[K / 32][kGroups][kWarp];
   uint4 k_quarter[2][K / 32][kWarp];  // k_end of groups 0 and 4 for the products within a half; phase 3 to 4
   float sums[kGroups][K];  // log2 decay over the group in phase 1, from the chunk's start to the group's end in 2 to 3
   union {

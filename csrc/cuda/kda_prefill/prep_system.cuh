@@ -7,8 +7,7 @@ namespace kimi::cuda {
 
 // Multiplies the rows, in place, by a power of two of each channel.
 template <int K>
-__device__ __forceinline__ void scale_rows(RowOperands<K>& rows, const Fp16* power) {
-  const PrepLane at;
+__device__ __forceinline__ void scale_rows(const PrepLane& at, RowOperands<K>& rows, const Fp16* power) {
 #pragma unroll
   for (int j = 0; j < K / 32; ++j) {
     const auto factor = load_vec<uint32_t, 4>(reinterpret_cast<const uint32_t*>(power + 32 * j + 8 * at.t));
@@ -51,9 +50,8 @@ __device__ __forceinline__ void group_products(const RowOperands<K>& rows, const
 
 // Phase 4. This group's rows of A_kk and A_qk, level by level, so that hardly a product needs factors between groups.
 template <int K, typename Image>
-__device__ __forceinline__ void make_systems(RowOperands<K>& rows, uint32_t a_qk_diagonal, float step,
-                                             PrepShared<K>& shared, Image& image) {
-  const PrepLane at;
+__device__ __forceinline__ void make_systems(const PrepLane& at, RowOperands<K>& rows, uint32_t a_qk_diagonal,
+                                             float step, PrepShared<K>& shared, Image& image) {
   constexpr int kStep = sizeof(shared.groups[0][0]) / 16;
   const int m = at.group, first = m / 4 * 4, in_half = m % 4;
   const auto k_end = [&](int group) { return &shared.groups[group][0].operands.k_end[at.lane]; };
@@ -65,7 +63,7 @@ __device__ __forceinline__ void make_systems(RowOperands<K>& rows, uint32_t a_qk
     near[0] = near[2] = tile[0];
   }
   if (in_half >= 2) {  // with the pair before, in the same half
-    if (in_half == 3) scale_rows<K>(rows, shared.powers[m][kWithinHalf]);
+    if (in_half == 3) scale_rows<K>(at, rows, shared.powers[m][kWithinHalf]);
     uint32_t tiles[2];
     group_products<K, 2>(rows, {&shared.k_quarter[m / 4][0][at.lane], k_end(first + 1)}, {kWarp, kStep}, step,
                          a_kk[first / 2 * kWarp], tiles);
@@ -78,13 +76,13 @@ __device__ __forceinline__ void make_systems(RowOperands<K>& rows, uint32_t a_qk
   near[3] = in_half == 3 ? a_qk_diagonal : 0;
   if (m < 4) return image.store_a_qk(m, at.lane, {near[0], near[1], near[2], near[3], 0, 0, 0, 0});
   // With the first half.
-  if (m > 4) scale_rows<K>(rows, shared.powers[m][kBetweenHalves]);
-  const auto k_half = [&](int group) { return &shared.k_then_k_half[group][0][at.lane]; };
+  if (m > 4) scale_rows<K>(at, rows, shared.powers[m][kBetweenHalves]);
+  const auto k_half = [&](int group) { return &shared.k_then_k_half[0][group][at.lane]; };
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
     uint32_t tiles[2];
-    group_products<K, 2>(rows, {k_half(i), i == 0 ? k_half(1) : k_end(3)}, {kWarp, i == 0 ? kWarp : kStep}, step,
-                         a_kk[i / 2 * kWarp], tiles);
+    group_products<K, 2>(rows, {k_half(i), i == 0 ? k_half(1) : k_end(3)},
+                         {kGroups * kWarp, i == 0 ? kGroups * kWarp : kStep}, step, a_kk[i / 2 * kWarp], tiles);
     far[i] = tiles[0];
     far[i + 1] = tiles[1];
   }
@@ -93,8 +91,8 @@ __device__ __forceinline__ void make_systems(RowOperands<K>& rows, uint32_t a_qk
 
 // Phase 4b. Inverses T of the diagonal blocks of I + A_kk, four a warp, a column a lane; times beta 2^-e.
 template <int K>
-__device__ __forceinline__ void invert_diagonal_blocks(PrepShared<K>& shared) {
-  const int block = threadIdx.x / kGroup, column = threadIdx.x % kGroup;
+__device__ __forceinline__ void invert_diagonal_blocks(const PrepLane& at, PrepShared<K>& shared) {
+  const int block = at.thread / kGroup, column = at.thread % kGroup;
   float x[kGroup];
 #pragma unroll
   for (int row = 0; row < kGroup; ++row) {
@@ -116,8 +114,8 @@ __device__ __forceinline__ void invert_diagonal_blocks(PrepShared<K>& shared) {
 // 2t
 // + 1: rows g and g + 8.
 template <int K>
-__device__ __forceinline__ void substitute(const PrepShared<K>& shared, int pair, uint32_t (&x)[kGroups][2]) {
-  const PrepLane at;
+__device__ __forceinline__ void substitute(const PrepLane& at, const PrepShared<K>& shared, int pair,
+                                           uint32_t (&x)[kGroups][2]) {
   float sum[kGroups][4];
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {

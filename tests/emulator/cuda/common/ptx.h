@@ -209,9 +209,15 @@ inline float tanh_approx(float x) {
 inline int keep_in_register(int x) {
   return x;
 }
+inline uint64_t keep_in_register(uint64_t x) {
+  return x;
+}
 
 inline void barrier_sync(int id, int threads) {
   emulator::block_barrier(id, threads);
+}
+inline void barrier_arrive(int id, int threads) {
+  emulator::block_barrier_arrive(id, threads);
 }
 
 }  // namespace kimi::cuda

@@ -3,6 +3,7 @@
 
 #include "asynchronous.h"
 #include "cuda/common/ptx.h"
+#include "cuda/common/tensor_map.h"
 
 namespace kimi::cuda {
 
@@ -39,6 +40,20 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
 }
 inline void bulk_copy_multicast(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint16_t blocks) {
   emulator::bulk_copy(shared, global, bytes, barrier, blocks);
+}
+
+inline void tensor_copy(void* shared, const TensorMap& map, int head, int token, uint64_t* barrier) {
+  emulator::tensor_copy(shared, map.shape, head, token, barrier);
+}
+inline void tensor_prefetch(const TensorMap&, int, int) {}
+inline void tensor_store(const void* shared, const TensorMap& map, int head, int token) {
+  emulator::tensor_store(shared, map.shape, head, token);
+}
+inline void tensor_store_commit() {
+  emulator::tensor_store_commit();
+}
+inline void tensor_store_wait_read() {
+  emulator::tensor_store_wait_read();
 }
 
 // ---- Clusters, dependent launches ----------------------------------------------------------------------------------
@@ -82,6 +97,18 @@ template <bool kMnMajor, int kTiles>
 void wgmma_fp16(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   emulator::wgmma({&d[0][0], kTiles, {a[0], a[1], a[2], a[3]}, b, kMnMajor, accumulate});
 }
+template <bool kMnMajor, int kTiles>
+void wgmma_fp16(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool accumulate) {
+  emulator::wgmma({&d[0][0], kTiles, {}, b, kMnMajor, accumulate, true, a});
+}
+template <bool kMnMajor>
+void wgmma_m64n64k16(float (&d)[8][4], uint64_t a, uint64_t b, bool accumulate) {
+  wgmma_fp16<kMnMajor>(d, a, b, accumulate);
+}
+template <bool kMnMajor>
+void wgmma_m64n128k16(float (&d)[16][4], uint64_t a, uint64_t b, bool accumulate) {
+  wgmma_fp16<kMnMajor>(d, a, b, accumulate);
+}
 template <bool kMnMajor>
 void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   wgmma_fp16<kMnMajor>(d, a, b, accumulate);
@@ -93,6 +120,23 @@ void wgmma_m64n128k16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, boo
 
 // ---- Matrices to shared memory -------------------------------------------------------------------------------------
 
+inline void fence_proxy_async() {}
+
+inline void stmatrix_x4(void* shared_row, const uint32_t (&r)[4]) {
+  if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0)
+    emulator::fail("stmatrix to an address that is not a multiple of 16");
+  struct Lane {
+    void* row;
+    const uint32_t* r;
+  } x{shared_row, r};
+  emulator::warp_collective(&x, [](void* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int matrix = 0; matrix < 4; ++matrix)
+        std::memcpy(static_cast<char*>(static_cast<Lane*>(lanes[8 * matrix + lane / 4])->row) + 4 * (lane % 4),
+                    &static_cast<Lane*>(lanes[lane])->r[matrix], 4);
+    }
+  });
+}
 inline void stmatrix_x4_trans(void* shared_row, const uint32_t (&r)[4]) {
   if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0)
     emulator::fail("stmatrix to an address that is not a multiple of 16");
@@ -113,6 +157,13 @@ inline void stmatrix_x4_trans(void* shared_row, const uint32_t (&r)[4]) {
     }
   });
 }
+
+// ---- Registers -----------------------------------------------------------------------------------------------------
+
+template <int kCount>
+void set_max_registers_up() {}
+template <int kCount>
+void set_max_registers_down() {}
 
 // ---- Barriers ------------------------------------------------------------------------------------------------------
 

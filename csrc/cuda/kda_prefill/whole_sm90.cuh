@@ -1,0 +1,489 @@
+// Both kernels of the chunked path in one, on Hopper, for where there are heads enough to fill the chip: the images
+// never leave shared memory.
+//
+// A block has a multiprocessor and takes one head of a sequence after the other. Eight warps make the image of a chunk
+// (prep.cuh), and a warpgroup takes the state through the one before (as chain_sm90.cuh does, but it has all values: S
+// in fp16 is in shared memory, and the values go one tile of 64 after the other). There is one image: the second half
+// reads it while the first one makes the next chunk's gates. Where chunks are whole, the copy engine brings q, k, gates
+// and values and takes the output away. The first half goes on to the next head while the second one ends this one.
+//
+// The products are those of the two kernels, in the same order: the same bits.
+//
+// Bytes: 80 KB a chunk at K = V = 128, instead of 212 with images in memory. Time: the first half's.
+#pragma once
+
+#include "cuda/kda_prefill/chain_sm90.cuh"
+#include "cuda/kda_prefill/prep.cuh"
+
+namespace kimi::cuda {
+
+// The tensors, by boxes of a chunk.
+struct WholeMaps {
+  TensorMap q, k, g, v, out;
+};
+
+// What the first half has next; no tokens at the end.
+struct alignas(16) PrepWork {
+  int first_token, count, head, qk_head;
+};
+
+// A task: a head of a sequence.
+struct WholeTask {
+  int number, begin, end, slot;
+};
+
+// The warp that looks ahead: the next chunk's task and first token, and the task after it.
+struct PrepAhead {
+  WholeTask task, next;
+  int first_token;
+};
+
+template <int K, int V>
+struct WholeShared {
+  SwizzledRows v[V / 64], out[V / 64];  // tiles of 64 values
+  struct alignas(512) {                 // as the swizzle of the factors wants it
+    ChunkImageSm90<K> image;
+  } image;
+  SharedState<K> state[V / 64];
+  alignas(128) PrepShared<K> prep;
+  alignas(16) float bias[K];  // of the gates
+  alignas(16) float ones[K];
+  float log_rate;
+  PrepWork work;
+  PrepAhead ahead;
+  WholeTask chain, chain_next;  // what the second half is at
+  // Barriers that count bytes: gates, with the work that they are for; q and k; values.
+  uint64_t gates, keys, values;
+};
+
+// Barriers, beside those of the first half and of the warpgroup: the image is there; all have read it.
+inline constexpr int kFullBarrier = 4, kFreeBarrier = 5;
+
+template <int V>
+inline constexpr int kWholeThreads = kPrepThreads + kWarpgroup;
+
+// What the second half reads of a chunk.
+template <int K>
+struct WholeStage {
+  const ChunkFactorsSm90<K>& factors;
+  const ChunkHeaderSm90<K>& header;
+  SwizzledRows& v;
+};
+
+// x in shared memory, for the compiler to read it anew: in registers of a loop it would be spilled.
+__device__ __forceinline__ int read_anew(const int& x) {
+  return *const_cast<const volatile int*>(&x);
+}
+
+// Starts the loads of a task, by one thread, for take_task().
+__device__ __forceinline__ void load_task(const KdaPrefillParams& p, int number, WholeTask& task) {
+  task.number = number;
+  const int heads = static_cast<int>(p.num_value_heads);
+  if (number < static_cast<int>(p.num_sequences) * heads) {
+    const int sequence = number / heads;
+    cp_async_4(&task.begin, p.cu_seqlens + sequence);
+    cp_async_4(&task.end, p.cu_seqlens + sequence + 1);
+    cp_async_4(&task.slot, p.slots + sequence);
+  }
+  cp_async_commit();
+}
+// The task whose loads were started, or an empty one behind the last; `next` is then on its way to the one after it.
+__device__ __forceinline__ WholeTask take_task(const KdaPrefillParams& p, WholeTask& next) {
+  cp_async_wait<0>();
+  WholeTask task = next;
+  if (task.number >= static_cast<int>(p.num_sequences * p.num_value_heads))
+    task.begin = task.end = 0;
+  else
+    load_task(p, task.number + static_cast<int>(gridDim.x), next);
+  return task;
+}
+
+// The warp that looks ahead finds the next chunk of the block, and starts the copies of its inputs; those of the one
+// after it go to the L2 cache.
+template <typename T, int K, int V>
+__device__ __forceinline__ void look_ahead(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
+                                           int lane, WholeShared<K, V>& shared) {
+  const int heads = static_cast<int>(p.num_value_heads);
+  const auto qk_head = [&](int head) {
+    return p.num_value_heads == p.num_heads ? head : head / static_cast<int>(p.num_value_heads / p.num_heads);
+  };
+  auto& ahead = shared.ahead;
+  if (lane == 0) {
+    const int first_token = ahead.first_token + kChunk;
+    ahead.first_token = first_token;
+    if (first_token >= ahead.task.end) {
+      const int tasks = static_cast<int>(p.num_sequences) * heads;
+      do {
+        ahead.task = take_task(p, ahead.next);
+      } while (ahead.task.number < tasks && (ahead.task.begin >= ahead.task.end || ahead.task.slot < 0));
+      ahead.first_token = ahead.task.begin;
+    }
+  }
+  __syncwarp();
+  const int first_token = read_anew(ahead.first_token), left = read_anew(ahead.task.end) - first_token;
+  const int head = read_anew(ahead.task.number) % heads, count = min(left, kChunk);
+  if (lane == 0) {
+    shared.work = {first_token, count, head, qk_head(head)};
+    const bool boxes = segment.boxes && count == kChunk;
+    if (boxes) {
+      mbarrier_arrive_expect_tx(&shared.gates, sizeof(T) * kChunk * K);
+      tensor_copy(&shared.prep.groups, maps.g, head, first_token, &shared.gates);
+      mbarrier_arrive_expect_tx(&shared.keys, 2 * sizeof(T) * kChunk * K);
+      tensor_copy(&shared.prep.k_then_k_half, maps.k, qk_head(head), first_token, &shared.keys);
+      tensor_copy(&shared.prep.q, maps.q, qk_head(head), first_token, &shared.keys);
+    } else {
+      mbarrier_arrive(&shared.keys);
+    }
+  }
+  if (count > 0 && first_token == read_anew(ahead.task.begin)) {
+    PrepInputs<T, K, true> constants;
+    constants.template load_constants<false>(lane, p, head);
+    shared.log_rate = constants.log_rate;
+    store_vec(&shared.bias[K / kWarp * lane], constants.bias);
+  }
+  __syncwarp();  // what lane 0 wrote, which has arrived already, is behind the others' arrivals
+  if (lane > 0 || !(segment.boxes && count == kChunk)) mbarrier_arrive(&shared.gates);
+  if (lane == 0 && segment.boxes) {
+    int token = first_token + kChunk, of_head = head;
+    if (left <= kChunk) {
+      cp_async_wait<0>();
+      const WholeTask next = ahead.next;
+      if (next.number >= static_cast<int>(p.num_sequences) * heads) return;
+      token = next.begin;
+      of_head = next.number % heads;
+    }
+    if (token + kChunk > p.num_tokens) return;
+    tensor_prefetch(maps.g, of_head, token);
+    tensor_prefetch(maps.k, qk_head(of_head), token);
+    tensor_prefetch(maps.q, qk_head(of_head), token);
+    tensor_prefetch(maps.v, of_head, token);
+  }
+}
+
+// The first half: all images, one after the other.
+template <typename T, int K, int V>
+__device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
+                                            WholeShared<K, V>& shared) {
+  using Inputs = PrepInputs<T, K, true>;
+  constexpr int kAhead = kGroups / 2;  // the first of the warps that have no part in phase 5
+  if (threadIdx.x / kWarp == kAhead) {
+    if (threadIdx.x % kWarp == 0) load_task(p, blockIdx.x, shared.ahead.next);
+    __syncwarp();
+    look_ahead<T>(p, segment, maps, threadIdx.x % kWarp, shared);
+  }
+  int number = 0;
+#pragma unroll 1
+  for (;; ++number) {
+    mbarrier_wait(&shared.gates, number & 1);
+    // A number that the compiler cannot see through: it would keep all addresses that depend on it alone, and spill.
+    const PrepLane at(__shfl_sync(kFullWarp, static_cast<int>(threadIdx.x), static_cast<int>(threadIdx.x)));
+    const PrepWork work = shared.work;
+    if (work.count == 0) break;
+    PrepTask task;
+    task.head = work.head;
+    task.qk_head = work.qk_head;
+    task.first_token = work.first_token;
+    task.count = work.count;
+    Inputs inputs;
+    inputs.load_beta(at, p, task);
+    inputs.log_rate = shared.log_rate;
+    inputs.bias = load_vec<float, Inputs::kChannels>(&shared.bias[Inputs::kChannels * at.lane]);
+    if (!segment.boxes || task.count < kChunk) [[unlikely]] {
+      if (segment.wide_inputs) {
+        Inputs::template copy_gates<true>(at, p, task, shared.prep);
+        Inputs::template copy_keys<true>(at, p, task, shared.prep);
+      } else {
+        Inputs::template copy_gates<false>(at, p, task, shared.prep);
+        Inputs::template copy_keys<false>(at, p, task, shared.prep);
+      }
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncwarp();
+    }
+    inputs.take_gates(at, shared.prep);
+    prep_sync();  // from_mid takes their place
+    make_image(
+        at, p, task, inputs, shared.prep, shared.image.image,  //
+        [&] { mbarrier_wait(&shared.keys, number & 1); },
+        [&] {
+          if (number > 0) barrier_sync(kFreeBarrier, kWholeThreads<V>);
+        },
+        [] { fence_proxy_async(); },  // for the products, and the copies that take the place of operands
+        [&] {
+          if (at.group >= kAhead) barrier_arrive(kFullBarrier, kWholeThreads<V>);
+          if (at.group == kAhead) look_ahead<T>(p, segment, maps, at.lane, shared);
+        });
+    if (at.group < kAhead) {
+      fence_proxy_async();
+      barrier_arrive(kFullBarrier, kWholeThreads<V>);
+    }
+  }
+  if (number > 0) barrier_sync(kFreeBarrier, kWholeThreads<V>);
+}
+
+// A warp of the second half has 16 tokens of all values, in rows of 64: lane l octet l % 8 of tokens l / 8 + 4 n.
+struct RowLane {
+  int token, octet;
+  __device__ __forceinline__ explicit RowLane(int thread)
+      : token(thread / kWarp * 16 + thread % kWarp / 8), octet(thread % 8) {}
+};
+
+// 64 values of a chunk, the first of its first token at `values`, to shared memory. `length` tokens are left.
+template <typename T>
+__device__ __forceinline__ void copy_values(int thread, const T* values, int64_t token_stride, int length, bool wide,
+                                            SwizzledRows& rows) {
+  const RowLane at(thread);
+  const T* from = values + at.token * token_stride + 8 * at.octet;
+#pragma unroll 1
+  for (int n = 0; n < 16; n += 4, from += 4 * token_stride)
+    (&rows.octets[0][0])[SwizzledRows::place(at.token + n, at.octet)] = load_octet(from, wide, at.token + n < length);
+}
+
+// The output of such values to memory.
+template <typename T>
+__device__ __forceinline__ void write_out(int thread, const SwizzledRows& rows, int length, bool wide, T* out,
+                                          int64_t token_stride) {
+  const RowLane at(thread);
+  T* to = out + at.token * token_stride + 8 * at.octet;
+#pragma unroll 1
+  for (int n = 0; n < 16; n += 4, to += 4 * token_stride) {
+    if (at.token + n < length) store_octet(to, (&rows.octets[0][0])[SwizzledRows::place(at.token + n, at.octet)], wide);
+  }
+}
+
+// To the L2 cache: the state of a task whose loads were started.
+template <int K, int V>
+__device__ __forceinline__ void prefetch_state(const KdaPrefillParams& p, int thread, const WholeTask& task) {
+  const int number = read_anew(task.number), slot = read_anew(task.slot);
+  if (number >= static_cast<int>(p.num_sequences * p.num_value_heads) || slot < 0) return;
+  const char* const state = static_cast<const char*>(p.state) +
+                            (slot * p.state_slot_stride + number % p.num_value_heads * (K * V)) * sizeof(float);
+#pragma unroll
+  for (int i = 0; i < K * V * static_cast<int>(sizeof(float)) / (128 * kWarpgroup); ++i)
+    prefetch_l2(state + 128 * (i * kWarpgroup + thread));
+}
+
+// The second half, of a warp: its 16 values of each tile.
+template <typename T, int K, int V>
+__device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
+                                           WholeShared<K, V>& shared) {
+  constexpr int kTiles = V / 64;
+  ChainWarp<T, K, true> x[kTiles];
+  int thread;
+  // In each chunk anew: the compiler would keep all addresses that depend on it, and spill.
+  const auto find_place = [&] {
+    thread = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x - kPrepThreads), static_cast<int>(threadIdx.x));
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      x[i].shared_state = &shared.state[i];
+      x[i].find_place(thread);
+    }
+  };
+  const auto head = [&] { return read_anew(shared.chain.number) % static_cast<int>(p.num_value_heads); };
+  const auto sequence = [&] { return read_anew(shared.chain.number) / static_cast<int>(p.num_value_heads); };
+  const auto slot = [&] { return read_anew(shared.chain.slot); };
+  const auto first_token = [&](int chunk) { return read_anew(shared.chain.begin) + chunk * kChunk; };
+  const auto tokens_left = [&](int chunk) { return read_anew(shared.chain.end) - first_token(chunk); };
+  const auto rows_of = [&](int of_slot, int tile) {
+    return state_rows(p, segment.wide_state, of_slot, head(), 64 * tile + thread / kWarp * 16);
+  };
+  const auto load_states = [&](int from_slot, bool zeros) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) x[i].load(rows_of(from_slot, i), zeros);
+  };
+  const auto store_states = [&](int to_slot) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) x[i].store(rows_of(to_slot, i));
+  };
+  const auto out_of = [&](int chunk) {
+    return static_cast<T*>(p.out) + first_token(chunk) * p.out_token_stride + head() * p.out_head_stride;
+  };
+  const auto is_box = [&](int chunk) { return segment.boxes && tokens_left(chunk) >= kChunk; };
+  const auto write_all = [&](int chunk) {
+    if (is_box(chunk)) {
+      if (thread == 0) {
+        tensor_store(&shared.out, maps.out, head(), first_token(chunk));
+        tensor_store_commit();
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i)
+        write_out(thread, shared.out[i], tokens_left(chunk), segment.wide_out, out_of(chunk) + 64 * i,
+                  p.out_token_stride);
+    }
+  };
+  const auto stage_of = [&](int tile) {
+    return WholeStage<K>{shared.image.image.factors, shared.image.image.header, shared.v[tile]};
+  };
+
+  int boxes = 0;  // of values so far
+  find_place();
+  if (thread == 0) load_task(p, blockIdx.x, shared.chain_next);
+#pragma unroll 1
+  while (true) {
+    find_place();
+    if (thread == 0) shared.chain = take_task(p, shared.chain_next);
+    barrier_sync(kWarpgroupBarrier, kWarpgroup);
+    if (read_anew(shared.chain.number) >= static_cast<int>(p.num_sequences * p.num_value_heads)) break;
+    if (tokens_left(0) > 0 && slot() < 0) {
+      const int lane = thread % kWarp;
+#pragma unroll 1
+      for (int token = lane / 2; token < tokens_left(0); token += kWarp / 2) {
+        for (int i = 0; i < kTiles; ++i)
+          store_octet(out_of(0) + token * p.out_token_stride + 64 * i + thread / kWarp * 16 + 8 * (lane % 2),
+                      make_uint4(0, 0, 0, 0), segment.wide_out);
+      }
+    }
+    if (tokens_left(0) > 0 && slot() >= 0) {
+      load_states(slot(), p.has_initial_state && !p.has_initial_state[sequence()]);
+      bool has_output = false;  // of the chunk before, in shared memory
+      int chunk = 0;
+#pragma unroll 1
+      for (; tokens_left(chunk) > 0; ++chunk) {
+        find_place();
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) x[i].round_state(1.0f);
+        x[0].share_state();  // with a barrier: the output before is there too, and nobody needs the values any more
+        if (has_output) write_all(chunk - 1);
+        if (is_box(chunk)) {
+          if (thread == 0) {
+            mbarrier_arrive_expect_tx(&shared.values, sizeof(shared.v));
+            tensor_copy(&shared.v, maps.v, head(), first_token(chunk), &shared.values);
+            tensor_store_wait_read();  // before others write the next output
+            cp_async_wait<0>();        // for prefetch_state()
+          }
+          mbarrier_wait(&shared.values, boxes & 1);
+          ++boxes;
+        } else {
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i)
+            copy_values(
+                thread,
+                static_cast<const T*>(p.v) + first_token(chunk) * p.v_token_stride + head() * p.v_head_stride + 64 * i,
+                p.v_token_stride, tokens_left(chunk), segment.wide_inputs, shared.v[i]);
+          if (thread == 0) {
+            tensor_store_wait_read();
+            cp_async_wait<0>();
+          }
+        }
+        barrier_sync(kFullBarrier, kWholeThreads<V>);
+        // One tile after the other, but for the first product: registers are too few for more.
+        bool plain[kTiles] = {}, all_plain = true;
+        x[0].start_values(stage_of(0));
+        x[0].multiply_k(stage_of(0));
+        const auto finish = [&](int i) {
+          wgmma_results(x[i].s);
+          wgmma_results(x[i].out());
+          if (plain[i]) x[i].round_out(p.scale, shared.out[i]);
+          all_plain &= plain[i];
+        };
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          if (i > 0) {
+            wgmma_wait<1>();
+            finish(i - 1);
+          }
+          wgmma_wait<0>();
+          wgmma_results(x[i].values);
+          x[i].round_values();
+          x[i].multiply_t(stage_of(i));
+          wgmma_wait<0>();
+          wgmma_results(x[i].values);
+          x[i].round_values();
+          plain[i] = is_fit(x[i].operand);
+          if (!plain[i]) x[i].clear_operand();
+          x[i].multiply_q(stage_of(i));
+          x[i].decay_state(plain[i] ? shared.image.image.header.decay : shared.ones);
+          wgmma_results(x[i].operand);
+          x[i].multiply_kg(stage_of(i));
+          x[i].multiply_a_qk(stage_of(i));
+          if (i + 1 < kTiles) {
+            x[i + 1].start_values(stage_of(i + 1));
+            x[i + 1].multiply_k(stage_of(i + 1));
+          }
+        }
+        wgmma_wait<0>();
+        finish(kTiles - 1);
+        has_output = !barrier_or(kWarpgroupBarrier, kWarpgroup, !all_plain);
+        if (!has_output) [[unlikely]] {
+          unsigned done = 0;
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) {
+            if (!plain[i]) continue;
+            done |= 1 << i;
+            const int octet = thread / kWarp * 2 + thread % 2;  // the warp's own
+            for (int token = thread % kWarp / 2; token < min(tokens_left(chunk), kChunk); token += kWarp / 2)
+              store_octet(out_of(chunk) + token * p.out_token_stride + 64 * i + 8 * octet,
+                          (&shared.out[i].octets[0][0])[SwizzledRows::place(token, octet)], segment.wide_out);
+          }
+          // One tile after the other, the others' states in the slot meanwhile: registers are too few for all this.
+          store_states(slot());
+#pragma unroll 1
+          for (int i = 0; i < kTiles; ++i) {
+            ChainTask of_tile;
+            of_tile.sequence = sequence();
+            of_tile.head = head();
+            of_tile.first_value = 64 * i + thread / kWarp * 16;
+            of_tile.begin = first_token(0);
+            of_tile.length = tokens_left(0);
+            WholeStage<K> stage = stage_of(i);
+            ChainWarp<T, K, true> tile;
+            tile.shared_state = &shared.state[i];
+            tile.find_place(thread);
+            tile.load(rows_of(slot(), i), false);
+            careful_chunk(tile, p, segment, of_tile, stage, chunk, out_of(chunk) + of_tile.first_value,
+                          (done >> i & 1) != 0);
+            tile.store(rows_of(slot(), i));
+          }
+          load_states(slot(), false);
+        }
+        barrier_arrive(kFreeBarrier, kWholeThreads<V>);
+        if (tokens_left(chunk) <= kChunk) prefetch_state<K, V>(p, thread, shared.chain_next);
+        if (chunk < p.num_snapshots && tokens_left(chunk) >= kChunk) [[unlikely]] {
+          const int to = p.snapshot_slots[sequence() * p.num_snapshots + chunk];
+          if (to >= 0) store_states(to);
+        }
+      }
+      store_states(slot());
+      x[0].share_state();
+      if (has_output) write_all(chunk - 1);
+    }
+    barrier_sync(kWarpgroupBarrier, kWarpgroup);  // nobody reads what the task is any more
+  }
+  if (threadIdx.x == kPrepThreads) tensor_store_wait_read();
+}
+
+template <typename T, int K, int V>
+__device__ __forceinline__ void run_whole(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps) {
+  auto& shared = shared_memory<WholeShared<K, V>>();
+  if (threadIdx.x < K) shared.ones[threadIdx.x] = 1.0f;
+  if (threadIdx.x == 0) {
+    shared.ahead.first_token = shared.ahead.task.end = 0;
+    mbarrier_init(&shared.gates, kWarp);
+    mbarrier_init(&shared.keys, 1);
+    mbarrier_init(&shared.values, 1);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < kPrepThreads) {
+    set_max_registers_down<128>();
+    make_images<T, K, V>(p, segment, maps, shared);
+  } else {
+    set_max_registers_up<248>();
+    run_states<T, K, V>(p, segment, maps, shared);
+  }
+}
+
+// SASS: tensor cores, 16-byte loads, stack 80 (of the second half, which waits for the first: addresses, read once a
+// chunk; registers are full)
+template <typename T, int K, int V>
+__global__ void __launch_bounds__(kWholeThreads<V>, 1)
+    kda_whole_sm90_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment,
+                          const __grid_constant__ WholeMaps maps) {
+  if constexpr (kHasSm90)
+    run_whole<T, K, V>(p, segment, maps);
+  else
+    __trap();
+}
+
+}  // namespace kimi::cuda
