@@ -176,9 +176,9 @@ __global__ void box_of_tensor(const __grid_constant__ TensorMap map, int head, i
     if (threadIdx.x == 0) {
       mbarrier_init(&shared.full, 1);
       mbarrier_init_fence();
-      tensor_prefetch(map, head, token);
-      mbarrier_arrive_expect_tx(&shared.full, sizeof(shared.box));
+      mbarrier_expect_tx(&shared.full, sizeof(shared.box));
       tensor_copy(shared.box, map, head, token, &shared.full);
+      mbarrier_arrive(&shared.full);
     }
     __syncthreads();
     mbarrier_wait(&shared.full, 0);

@@ -368,6 +368,10 @@ void mbarrier_arrive(uint64_t* barrier, int rank, uint32_t expected_bytes) {
   end_phase_if_complete(b);
 }
 
+void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
+  need_barrier(-1, barrier).bytes += bytes;
+}
+
 void mbarrier_wait(uint64_t* barrier, int parity) {
   while (need_barrier(-1, barrier).phase == parity) {
     need_barrier(-1, barrier).waiting.push_back(running_thread());

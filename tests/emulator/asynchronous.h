@@ -25,6 +25,7 @@ void end_a_copy(bool idle);  // of those one at random
 void mbarrier_init(uint64_t* barrier, int arrivals);
 void mbarrier_init_fence();
 void mbarrier_arrive(uint64_t* barrier, int rank, uint32_t expected_bytes);
+void mbarrier_expect(uint64_t* barrier, uint32_t bytes);  // without an arrival
 void mbarrier_wait(uint64_t* barrier, int parity);
 void mbarrier_arrive_after_copies(uint64_t* barrier);  // when the thread's copy_async() have ended, at some later time
 

@@ -2,7 +2,7 @@
 // indexing, missing barriers and waits, divergent collectives and the like; what is not found is anything about speed.
 //
 // Every csrc/cuda/**/*.cu is compiled as C++ with this header in front of it and tests/emulator before csrc in the
-// include path, so that the two headers which hold machine code or talk to the driver (cuda/common/ptx.h and launch.h)
+// include path, so that the headers which hold machine code or talk to the driver (those in tests/emulator/cuda/common)
 // come from here. Blocks run one after the other; the threads of a block are fibers that switch only where they wait.
 // Which fiber runs next is drawn at random, shared memory starts as NaN, and an asynchronous copy poisons its target
 // until it is waited for: a kernel that leaves out a barrier or a wait gives wrong results here, usually at once.

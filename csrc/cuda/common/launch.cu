@@ -63,6 +63,7 @@ static EncodeTiled find_encode_tiled() {
 }
 
 bool make_tensor_map(const TensorShape& shape, TensorMap& map) {
+  if (shape.channels % shape.piece != 0 || (shape.swizzled && shape.piece != 64)) return false;
   static const EncodeTiled encode = find_encode_tiled();
   const auto piece = static_cast<cuuint32_t>(shape.piece);
   const auto pieces = static_cast<cuuint32_t>(shape.channels / shape.piece);

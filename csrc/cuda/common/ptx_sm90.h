@@ -43,6 +43,11 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uin
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
+// Without an arrival, for bytes that this thread arrives behind.
+__device__ __forceinline__ void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
 // Waits for the end of the phase with this parity. Of a new barrier the phase before the first has ended: parity 1.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
@@ -74,12 +79,6 @@ __device__ __forceinline__ void tensor_copy(void* shared, const TensorMap& map, 
       "[%5];" ::"r"(shared_address(shared)),
       "l"(&map), "r"(0), "r"(head), "r"(token), "r"(shared_address(barrier))
       : "memory");
-}
-// To the L2 cache only.
-__device__ __forceinline__ void tensor_prefetch(const TensorMap& map, int head, int token) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %1}];" ::"l"(&map), "r"(0), "r"(head),
-               "r"(token)
-               : "memory");
 }
 // And back, from what fence_proxy_async() has made visible. In groups, as cp_async_commit() makes them.
 __device__ __forceinline__ void tensor_store(const void* shared, const TensorMap& map, int head, int token) {

@@ -98,66 +98,42 @@ __device__ __forceinline__ WholeTask take_task(const KdaPrefillParams& p, WholeT
   return task;
 }
 
-// The warp that looks ahead finds the next chunk of the block, and starts the copies of its inputs; those of the one
-// after it go to the L2 cache.
+// The warp that looks ahead finds the next chunk of the block, and starts the copies of its inputs.
 template <typename T, int K, int V>
 __device__ __forceinline__ void look_ahead(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
                                            int lane, WholeShared<K, V>& shared) {
   const int heads = static_cast<int>(p.num_value_heads);
-  const auto qk_head = [&](int head) {
-    return p.num_value_heads == p.num_heads ? head : head / static_cast<int>(p.num_value_heads / p.num_heads);
-  };
   auto& ahead = shared.ahead;
   if (lane == 0) {
-    const int first_token = ahead.first_token + kChunk;
-    ahead.first_token = first_token;
-    if (first_token >= ahead.task.end) {
+    ahead.first_token += kChunk;
+    if (ahead.first_token >= ahead.task.end) {
       const int tasks = static_cast<int>(p.num_sequences) * heads;
       do {
         ahead.task = take_task(p, ahead.next);
       } while (ahead.task.number < tasks && (ahead.task.begin >= ahead.task.end || ahead.task.slot < 0));
       ahead.first_token = ahead.task.begin;
     }
+    const int first_token = ahead.first_token, head = ahead.task.number % heads;
+    PrepWork work{first_token, min(ahead.task.end - first_token, kChunk), head, head};
+    if (p.num_value_heads != p.num_heads) work.qk_head /= static_cast<int>(p.num_value_heads / p.num_heads);
+    shared.work = work;
+    if (segment.boxes && work.count == kChunk) {
+      mbarrier_expect_tx(&shared.gates, sizeof(T) * kChunk * K);
+      tensor_copy(&shared.prep.groups, maps.g, head, first_token, &shared.gates);
+      mbarrier_expect_tx(&shared.keys, 2 * sizeof(T) * kChunk * K);
+      tensor_copy(&shared.prep.k_then_k_half, maps.k, work.qk_head, first_token, &shared.keys);
+      tensor_copy(&shared.prep.q, maps.q, work.qk_head, first_token, &shared.keys);
+    }
   }
   __syncwarp();
-  const int first_token = read_anew(ahead.first_token), left = read_anew(ahead.task.end) - first_token;
-  const int head = read_anew(ahead.task.number) % heads, count = min(left, kChunk);
-  if (lane == 0) {
-    shared.work = {first_token, count, head, qk_head(head)};
-    const bool boxes = segment.boxes && count == kChunk;
-    if (boxes) {
-      mbarrier_arrive_expect_tx(&shared.gates, sizeof(T) * kChunk * K);
-      tensor_copy(&shared.prep.groups, maps.g, head, first_token, &shared.gates);
-      mbarrier_arrive_expect_tx(&shared.keys, 2 * sizeof(T) * kChunk * K);
-      tensor_copy(&shared.prep.k_then_k_half, maps.k, qk_head(head), first_token, &shared.keys);
-      tensor_copy(&shared.prep.q, maps.q, qk_head(head), first_token, &shared.keys);
-    } else {
-      mbarrier_arrive(&shared.keys);
-    }
-  }
-  if (count > 0 && first_token == read_anew(ahead.task.begin)) {
+  if (read_anew(shared.work.count) > 0 && read_anew(ahead.first_token) == read_anew(ahead.task.begin)) {
     PrepInputs<T, K, true> constants;
-    constants.template load_constants<false>(lane, p, head);
-    shared.log_rate = constants.log_rate;
+    constants.template load_constants<false>(lane, p, read_anew(shared.work.head));
+    if (lane == 0) shared.log_rate = constants.log_rate;
     store_vec(&shared.bias[K / kWarp * lane], constants.bias);
   }
-  __syncwarp();  // what lane 0 wrote, which has arrived already, is behind the others' arrivals
-  if (lane > 0 || !(segment.boxes && count == kChunk)) mbarrier_arrive(&shared.gates);
-  if (lane == 0 && segment.boxes) {
-    int token = first_token + kChunk, of_head = head;
-    if (left <= kChunk) {
-      cp_async_wait<0>();
-      const WholeTask next = ahead.next;
-      if (next.number >= static_cast<int>(p.num_sequences) * heads) return;
-      token = next.begin;
-      of_head = next.number % heads;
-    }
-    if (token + kChunk > p.num_tokens) return;
-    tensor_prefetch(maps.g, of_head, token);
-    tensor_prefetch(maps.k, qk_head(of_head), token);
-    tensor_prefetch(maps.q, qk_head(of_head), token);
-    tensor_prefetch(maps.v, of_head, token);
-  }
+  mbarrier_arrive(&shared.gates);
+  if (lane == 0) mbarrier_arrive(&shared.keys);
 }
 
 // The first half: all images, one after the other.

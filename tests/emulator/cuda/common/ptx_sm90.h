@@ -26,6 +26,9 @@ inline void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
 inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
   emulator::mbarrier_arrive(barrier, -1, bytes);
 }
+inline void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  emulator::mbarrier_expect(barrier, bytes);
+}
 inline void mbarrier_wait(uint64_t* barrier, int parity) {
   emulator::mbarrier_wait(barrier, parity);
 }
@@ -45,7 +48,6 @@ inline void bulk_copy_multicast(void* shared, const void* global, uint32_t bytes
 inline void tensor_copy(void* shared, const TensorMap& map, int head, int token, uint64_t* barrier) {
   emulator::tensor_copy(shared, map.shape, head, token, barrier);
 }
-inline void tensor_prefetch(const TensorMap&, int, int) {}
 inline void tensor_store(const void* shared, const TensorMap& map, int head, int token) {
   emulator::tensor_store(shared, map.shape, head, token);
 }
