@@ -138,23 +138,23 @@ struct PrepInputs {
     return task.first_token + static_cast<unsigned>(row < task.count ? row : 0);
   }
 
-  // Gates of dtype T by way of shared memory, the chunk's one row after the other, where from_mid will be: those of the
-  // warp's group to there; and from there.
+  // Gates of dtype T by way of shared memory, `rows` the chunk's one after the other: those of the warp's group to
+  // there, and from there.
   template <bool kWide>
   __device__ __forceinline__ static void copy_gates(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
-                                                    PrepShared<K>& shared) {
+                                                    uint4* rows) {
     constexpr int kOctets = K / 8;  // of a row
     const int left = task.count - kGroup * at.group, last = min(max(left, 1), kGroup) - 1;
     const T* const from =
         static_cast<const T*>(p.g) + task.head * p.g_head_stride +
         (task.first_token + static_cast<unsigned>(left > 0 ? kGroup * at.group : 0)) * p.g_token_stride;
-    uint4* const to = reinterpret_cast<uint4*>(&shared.groups) + kGroup * kOctets * at.group;
 #pragma unroll 1
     for (int i = at.lane; i < kGroup * kOctets; i += kWarp)
-      copy_octet<kWide>(to + i, from + min(i / kOctets, last) * p.g_token_stride + i % kOctets * 8);
+      copy_octet<kWide>(rows + kGroup * kOctets * at.group + i,
+                        from + min(i / kOctets, last) * p.g_token_stride + i % kOctets * 8);
   }
-  __device__ __forceinline__ void take_gates(const PrepLane& at, const PrepShared<K>& shared) {
-    const auto* const from = reinterpret_cast<const uint32_t*>(&shared.groups) + K / 2 * kGroup * at.group;
+  __device__ __forceinline__ void take_gates(const PrepLane& at, const uint4* rows) {
+    const auto* const from = reinterpret_cast<const uint32_t*>(rows) + K / 2 * kGroup * at.group;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const auto words = load_vec<uint32_t, kChannels / 2>(from + K / 2 * i + kChannels / 2 * at.lane);

@@ -40,13 +40,14 @@ struct PrepAhead {
 
 template <int K, int V>
 struct WholeShared {
-  SwizzledRows v[V / 64], out[V / 64];  // tiles of 64 values
-  struct alignas(512) {                 // as the swizzle of the factors wants it
+  SwizzledRows v[V / 64];  // tiles of 64 values; then the output
+  struct alignas(512) {    // as the swizzle of the factors wants it
     ChunkImageSm90<K> image;
   } image;
   SharedState<K> state[V / 64];
   alignas(128) PrepShared<K> prep;
-  alignas(16) float bias[K];  // of the gates
+  alignas(128) uint4 gate_rows[kChunk][K / 8];  // as they are in memory
+  alignas(16) float bias[K];                    // of the gates
   alignas(16) float ones[K];
   float log_rate;
   PrepWork work;
@@ -98,13 +99,36 @@ __device__ __forceinline__ WholeTask take_task(const KdaPrefillParams& p, WholeT
   return task;
 }
 
-// The warp that looks ahead finds the next chunk of the block, and starts the copies of its inputs.
+// What the first half does between the phases of a chunk, the block's `number`-th.
 template <typename T, int K, int V>
-__device__ __forceinline__ void look_ahead(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
-                                           int lane, WholeShared<K, V>& shared) {
-  const int heads = static_cast<int>(p.num_value_heads);
-  auto& ahead = shared.ahead;
-  if (lane == 0) {
+struct BetweenWholePhases {
+  static constexpr int kAhead = kGroups / 2;  // the warp that looks ahead: the first that has no part in phase 5
+
+  const KdaPrefillParams& p;
+  const Segment& segment;
+  const WholeMaps& maps;
+  const PrepLane& at;
+  const int number;
+  WholeShared<K, V>& shared;
+
+  __device__ __forceinline__ void behind_gates() { mbarrier_wait(&shared.keys, number & 1); }
+  __device__ __forceinline__ void in_phase_2() {
+    if (at.group == kAhead && at.lane == 0) start_gates();
+  }
+  __device__ __forceinline__ void before_image() {
+    if (number > 0) barrier_sync(kFreeBarrier, kWholeThreads<V>);
+  }
+  // For the products, and the copies that take the place of operands.
+  __device__ __forceinline__ void behind_operands() { fence_proxy_async(); }
+  __device__ __forceinline__ void in_phase_5() {
+    if (at.group >= kAhead) barrier_arrive(kFullBarrier, kWholeThreads<V>);
+    if (at.group == kAhead) start_keys();
+  }
+
+  // Finds the next chunk of the block, and starts the copy of its gates, if it is a box.
+  __device__ __forceinline__ void start_gates() {
+    const int heads = static_cast<int>(p.num_value_heads);
+    auto& ahead = shared.ahead;
     ahead.first_token += kChunk;
     if (ahead.first_token >= ahead.task.end) {
       const int tasks = static_cast<int>(p.num_sequences) * heads;
@@ -117,35 +141,51 @@ __device__ __forceinline__ void look_ahead(const KdaPrefillParams& p, const Segm
     PrepWork work{first_token, min(ahead.task.end - first_token, kChunk), head, head};
     if (p.num_value_heads != p.num_heads) work.qk_head /= static_cast<int>(p.num_value_heads / p.num_heads);
     shared.work = work;
-    if (segment.boxes && work.count == kChunk) {
-      mbarrier_expect_tx(&shared.gates, sizeof(T) * kChunk * K);
-      tensor_copy(&shared.prep.groups, maps.g, head, first_token, &shared.gates);
-      mbarrier_expect_tx(&shared.keys, 2 * sizeof(T) * kChunk * K);
-      tensor_copy(&shared.prep.k_then_k_half, maps.k, work.qk_head, first_token, &shared.keys);
-      tensor_copy(&shared.prep.q, maps.q, work.qk_head, first_token, &shared.keys);
+    if (is_box(work.count)) {
+      mbarrier_expect_tx(&shared.gates, sizeof(shared.gate_rows));
+      tensor_copy(&shared.gate_rows, maps.g, head, first_token, &shared.gates);
     }
   }
-  __syncwarp();
-  if (read_anew(shared.work.count) > 0 && read_anew(ahead.first_token) == read_anew(ahead.task.begin)) {
-    PrepInputs<T, K, true> constants;
-    constants.template load_constants<false>(lane, p, read_anew(shared.work.head));
-    if (lane == 0) shared.log_rate = constants.log_rate;
-    store_vec(&shared.bias[K / kWarp * lane], constants.bias);
+  // And that of its q and k; the constants of the gates, if it is the first of a head. By the whole warp.
+  __device__ __forceinline__ void start_keys() {
+    if (at.lane == 0) {
+      const PrepWork work = shared.work;
+      if (is_box(work.count)) {
+        mbarrier_expect_tx(&shared.keys, 2 * sizeof(T) * kChunk * K);
+        tensor_copy(&shared.prep.k_then_k_half, maps.k, work.qk_head, work.first_token, &shared.keys);
+        tensor_copy(&shared.prep.q, maps.q, work.qk_head, work.first_token, &shared.keys);
+      }
+      mbarrier_arrive(&shared.keys);
+    }
+    __syncwarp();
+    if (read_anew(shared.work.count) > 0 && read_anew(shared.work.first_token) == read_anew(shared.ahead.task.begin)) {
+      PrepInputs<T, K, true> constants;
+      constants.template load_constants<false>(at.lane, p, read_anew(shared.work.head));
+      if (at.lane == 0) shared.log_rate = constants.log_rate;
+      store_vec(&shared.bias[K / kWarp * at.lane], constants.bias);
+    }
+    mbarrier_arrive(&shared.gates);
   }
-  mbarrier_arrive(&shared.gates);
-  if (lane == 0) mbarrier_arrive(&shared.keys);
-}
+  __device__ __forceinline__ bool is_box(int count) const { return segment.boxes && count == kChunk; }
+};
 
 // The first half: all images, one after the other.
 template <typename T, int K, int V>
 __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
                                             WholeShared<K, V>& shared) {
   using Inputs = PrepInputs<T, K, true>;
-  constexpr int kAhead = kGroups / 2;  // the first of the warps that have no part in phase 5
-  if (threadIdx.x / kWarp == kAhead) {
-    if (threadIdx.x % kWarp == 0) load_task(p, blockIdx.x, shared.ahead.next);
-    __syncwarp();
-    look_ahead<T>(p, segment, maps, threadIdx.x % kWarp, shared);
+  using Between = BetweenWholePhases<T, K, V>;
+  {
+    const PrepLane at(threadIdx.x);
+    Between before_all{p, segment, maps, at, -1, shared};
+    if (at.group == Between::kAhead) {
+      if (at.lane == 0) {
+        load_task(p, blockIdx.x, shared.ahead.next);
+        before_all.start_gates();
+      }
+      __syncwarp();
+      before_all.start_keys();
+    }
   }
   int number = 0;
 #pragma unroll 1
@@ -164,32 +204,23 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
     inputs.load_beta(at, p, task);
     inputs.log_rate = shared.log_rate;
     inputs.bias = load_vec<float, Inputs::kChannels>(&shared.bias[Inputs::kChannels * at.lane]);
+    uint4* const gate_rows = &shared.gate_rows[0][0];
     if (!segment.boxes || task.count < kChunk) [[unlikely]] {
       if (segment.wide_inputs) {
-        Inputs::template copy_gates<true>(at, p, task, shared.prep);
+        Inputs::template copy_gates<true>(at, p, task, gate_rows);
         Inputs::template copy_keys<true>(at, p, task, shared.prep);
       } else {
-        Inputs::template copy_gates<false>(at, p, task, shared.prep);
+        Inputs::template copy_gates<false>(at, p, task, gate_rows);
         Inputs::template copy_keys<false>(at, p, task, shared.prep);
       }
       cp_async_commit();
       cp_async_wait<0>();
+      fence_proxy_async();  // for the next copy of gates
       __syncwarp();
     }
-    inputs.take_gates(at, shared.prep);
-    prep_sync();  // from_mid takes their place
-    make_image(
-        at, p, task, inputs, shared.prep, shared.image.image,  //
-        [&] { mbarrier_wait(&shared.keys, number & 1); },
-        [&] {
-          if (number > 0) barrier_sync(kFreeBarrier, kWholeThreads<V>);
-        },
-        [] { fence_proxy_async(); },  // for the products, and the copies that take the place of operands
-        [&] {
-          if (at.group >= kAhead) barrier_arrive(kFullBarrier, kWholeThreads<V>);
-          if (at.group == kAhead) look_ahead<T>(p, segment, maps, at.lane, shared);
-        });
-    if (at.group < kAhead) {
+    inputs.take_gates(at, gate_rows);
+    make_image(at, p, task, inputs, shared.prep, shared.image.image, Between{p, segment, maps, at, number, shared});
+    if (at.group < Between::kAhead) {
       fence_proxy_async();
       barrier_arrive(kFullBarrier, kWholeThreads<V>);
     }
@@ -278,13 +309,13 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
   const auto write_all = [&](int chunk) {
     if (is_box(chunk)) {
       if (thread == 0) {
-        tensor_store(&shared.out, maps.out, head(), first_token(chunk));
+        tensor_store(&shared.v, maps.out, head(), first_token(chunk));
         tensor_store_commit();
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kTiles; ++i)
-        write_out(thread, shared.out[i], tokens_left(chunk), segment.wide_out, out_of(chunk) + 64 * i,
+        write_out(thread, shared.v[i], tokens_left(chunk), segment.wide_out, out_of(chunk) + 64 * i,
                   p.out_token_stride);
     }
   };
@@ -319,28 +350,29 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
         find_place();
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) x[i].round_state(1.0f);
-        x[0].share_state();  // with a barrier: the output before is there too, and nobody needs the values any more
+        x[0].share_state();  // with a barrier: the output before is there too
         if (has_output) write_all(chunk - 1);
         if (is_box(chunk)) {
           if (thread == 0) {
+            tensor_store_wait_read();  // the output before, in the place of these values
             mbarrier_arrive_expect_tx(&shared.values, sizeof(shared.v));
             tensor_copy(&shared.v, maps.v, head(), first_token(chunk), &shared.values);
-            tensor_store_wait_read();  // before others write the next output
-            cp_async_wait<0>();        // for prefetch_state()
+            cp_async_wait<0>();  // for prefetch_state()
           }
           mbarrier_wait(&shared.values, boxes & 1);
           ++boxes;
         } else {
+          if (thread == 0) {
+            tensor_store_wait_read();
+            cp_async_wait<0>();
+          }
+          barrier_sync(kWarpgroupBarrier, kWarpgroup);
 #pragma unroll
           for (int i = 0; i < kTiles; ++i)
             copy_values(
                 thread,
                 static_cast<const T*>(p.v) + first_token(chunk) * p.v_token_stride + head() * p.v_head_stride + 64 * i,
                 p.v_token_stride, tokens_left(chunk), segment.wide_inputs, shared.v[i]);
-          if (thread == 0) {
-            tensor_store_wait_read();
-            cp_async_wait<0>();
-          }
         }
         barrier_sync(kFullBarrier, kWholeThreads<V>);
         // One tile after the other, but for the first product: registers are too few for more.
@@ -350,7 +382,7 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
         const auto finish = [&](int i) {
           wgmma_results(x[i].s);
           wgmma_results(x[i].out());
-          if (plain[i]) x[i].round_out(p.scale, shared.out[i]);
+          if (plain[i]) x[i].round_out(p.scale, shared.v[i]);
           all_plain &= plain[i];
         };
 #pragma unroll
@@ -390,7 +422,7 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
             const int octet = thread / kWarp * 2 + thread % 2;  // the warp's own
             for (int token = thread % kWarp / 2; token < min(tokens_left(chunk), kChunk); token += kWarp / 2)
               store_octet(out_of(chunk) + token * p.out_token_stride + 64 * i + 8 * octet,
-                          (&shared.out[i].octets[0][0])[SwizzledRows::place(token, octet)], segment.wide_out);
+                          (&shared.v[i].octets[0][0])[SwizzledRows::place(token, octet)], segment.wide_out);
           }
           // One tile after the other, the others' states in the slot meanwhile: registers are too few for all this.
           store_states(slot());
