@@ -33,20 +33,23 @@ __device__ __forceinline__ void prep_sync() {
   barrier_sync(kPrepBarrier, kPrepThreads);
 }
 
+// What who makes one image after the other in the same place (whole_sm90.cuh) does between the phases; all threads call
+// it, and here it is nothing.
+struct BetweenPhases {
+  __device__ __forceinline__ void behind_gates() {}     // at the end of phase 1: q and k are needed
+  __device__ __forceinline__ void before_image() {}     // nothing is written to it before
+  __device__ __forceinline__ void behind_operands() {}  // all of the image but T is written
+  __device__ __forceinline__ void in_phase_5() {}       // nobody needs the inputs and operands any more
+};
+
 // From inputs, which are under way, to the image. Image: ChunkImage<K> or what has the same member functions.
-//
-// For who makes one image after the other in the same place (whole_sm90.cuh), all threads call behind_gates() at the
-// end of phase 1; before_image() before they write to the image; behind_operands() when all of it but T is written; and
-// behind_inputs() when nobody uses inputs and operands any more.
-template <typename T, int K, bool kOnlyT, typename Image, typename BehindGates, typename BeforeImage,
-          typename BehindOperands, typename BehindInputs>
+template <typename T, int K, bool kOnlyT, typename Image, typename Between>
 __device__ __forceinline__ void make_image(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
                                            PrepInputs<T, K, kOnlyT>& inputs, PrepShared<K>& shared, Image& image,
-                                           BehindGates&& behind_gates, BeforeImage&& before_image,
-                                           BehindOperands&& behind_operands, BehindInputs&& behind_inputs) {
+                                           Between between) {
   // Phase 1: gates.
   const auto halves = group_gates(at, p, task, inputs, shared);
-  behind_gates();
+  between.behind_gates();
   prep_sync();
 
   // Phase 2: what depends on a token alone, and the sums of the gates over the chunk.
@@ -58,7 +61,7 @@ __device__ __forceinline__ void make_image(const PrepLane& at, const KdaPrefillP
 
   // Phase 3: operands.
   make_factors(at, halves, shared);
-  before_image();
+  between.before_image();
   if (at.thread < K) image.store_decay(at.thread, exp2_approx(log2_decay));
   RowOperands<K> rows;
   float diagonal[4] = {};
@@ -80,9 +83,9 @@ __device__ __forceinline__ void make_image(const PrepLane& at, const KdaPrefillP
                        shared.groups[2 * s + 1][j].operands.kg[at.lane]);
     }
   }
-  behind_operands();
+  between.behind_operands();
   prep_sync();
-  behind_inputs();
+  between.in_phase_5();
 
   // Phase 5: T, 16 columns a warp.
   const int pair = at.group;
@@ -108,9 +111,8 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
   const PrepLane at(threadIdx.x);
   inputs.load(at, p, task, segment.wide_inputs, shared);
   prefetch_inputs<T, K>(at, p, task, segment.prefetch);
-  make_image(
-      at, p, task, inputs, shared, image_of<Image>(segment, chunk, task.head, p.num_value_heads), [] {}, [] {}, [] {},
-      [] {});
+  make_image(at, p, task, inputs, shared, image_of<Image>(segment, chunk, task.head, p.num_value_heads),
+             BetweenPhases());
 }
 
 // SASS: tensor cores, 16-byte loads, stack 8 (one address; registers are full)

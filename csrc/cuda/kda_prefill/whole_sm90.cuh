@@ -9,10 +9,11 @@
 //
 // The products are those of the two kernels, in the same order: the same bits.
 //
-// Bytes: 80 KB a chunk at K = V = 128, instead of 212 with images in memory. Time: the first half's.
+// Bytes: 80 KB a chunk at K = V = 128, instead of 212 with images in memory. Time: the first half's, 5.5 us a chunk on
+// an H200, and 1.3 us by which the second half's products hold it up (docs/kda.md).
 #pragma once
 
-#include "cuda/kda_prefill/chain_sm90.cuh"
+#include "cuda/kda_prefill/chain_warp_sm90.cuh"
 #include "cuda/kda_prefill/prep.cuh"
 
 namespace kimi::cuda {
@@ -136,12 +137,37 @@ __device__ __forceinline__ void look_ahead(const KdaPrefillParams& p, const Segm
   if (lane == 0) mbarrier_arrive(&shared.keys);
 }
 
+// What the first half does between the phases of a chunk, the block's `number`-th.
+template <typename T, int K, int V>
+struct BetweenWholePhases {
+  static constexpr int kAhead = kGroups / 2;  // the warp that looks ahead: the first that has no part in phase 5
+
+  const KdaPrefillParams& p;
+  const Segment& segment;
+  const WholeMaps& maps;
+  const PrepLane& at;
+  const int number;
+  WholeShared<K, V>& shared;
+
+  __device__ __forceinline__ void behind_gates() { mbarrier_wait(&shared.keys, number & 1); }
+  __device__ __forceinline__ void before_image() {
+    if (number > 0) barrier_sync(kFreeBarrier, kWholeThreads<V>);
+  }
+  // For the products, and the copies that take the place of operands.
+  __device__ __forceinline__ void behind_operands() { fence_proxy_async(); }
+  __device__ __forceinline__ void in_phase_5() {
+    if (at.group >= kAhead) barrier_arrive(kFullBarrier, kWholeThreads<V>);
+    if (at.group == kAhead) look_ahead<T>(p, segment, maps, at.lane, shared);
+  }
+};
+
 // The first half: all images, one after the other.
 template <typename T, int K, int V>
 __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
                                             WholeShared<K, V>& shared) {
   using Inputs = PrepInputs<T, K, true>;
-  constexpr int kAhead = kGroups / 2;  // the first of the warps that have no part in phase 5
+  using Between = BetweenWholePhases<T, K, V>;
+  constexpr int kAhead = Between::kAhead;
   if (threadIdx.x / kWarp == kAhead) {
     if (threadIdx.x % kWarp == 0) load_task(p, blockIdx.x, shared.ahead.next);
     __syncwarp();
@@ -178,17 +204,7 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
     }
     inputs.take_gates(at, shared.prep);
     prep_sync();  // from_mid takes their place
-    make_image(
-        at, p, task, inputs, shared.prep, shared.image.image,  //
-        [&] { mbarrier_wait(&shared.keys, number & 1); },
-        [&] {
-          if (number > 0) barrier_sync(kFreeBarrier, kWholeThreads<V>);
-        },
-        [] { fence_proxy_async(); },  // for the products, and the copies that take the place of operands
-        [&] {
-          if (at.group >= kAhead) barrier_arrive(kFullBarrier, kWholeThreads<V>);
-          if (at.group == kAhead) look_ahead<T>(p, segment, maps, at.lane, shared);
-        });
+    make_image(at, p, task, inputs, shared.prep, shared.image.image, Between{p, segment, maps, at, number, shared});
     if (at.group < kAhead) {
       fence_proxy_async();
       barrier_arrive(kFullBarrier, kWholeThreads<V>);
@@ -392,7 +408,8 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
               store_octet(out_of(chunk) + token * p.out_token_stride + 64 * i + 8 * octet,
                           (&shared.out[i].octets[0][0])[SwizzledRows::place(token, octet)], segment.wide_out);
           }
-          // One tile after the other, the others' states in the slot meanwhile: registers are too few for all this.
+          // One tile after the other, the others' states, which are fp32 there too, in the slot meanwhile: registers
+          // are too few for all this.
           store_states(slot());
 #pragma unroll 1
           for (int i = 0; i < kTiles; ++i) {
