@@ -1,12 +1,15 @@
 """kda_prefill with its kernels for Hopper: the tests of test_kda_prefill.py that reach them, once more in the emulator, which must be
 asked for them; with two kernels, and with one for whole heads, which calls get that say how long their sequences are."""
 
+import ctypes
 import functools
+import os
+import subprocess
 
 import pytest
 import test_kda_prefill
 import torch
-from kit import assert_same_bits, hopper_kernels, needs_gpu
+from kit import DEVICES, assert_same_bits, hopper_kernels, needs_gpu
 from test_kda_prefill import (  # noqa: F401
     HALF_DTYPES,
     check_against_spec,
@@ -32,6 +35,7 @@ from test_kda_prefill import (  # noqa: F401
     tokens,
 )
 
+from kimi_native._loader import load_ops
 from kimi_native.ops import kda_prefill
 
 pytestmark = hopper_kernels
@@ -53,15 +57,50 @@ def test_head_shapes(heads, value_heads, size, dtype, device):
     check_against_spec(problem([5, 70, 0, 64], heads, value_heads, size, size, dtype), device)
 
 
-@needs_gpu
-def test_the_hopper_kernel_runs(kernels):
-    """Or all of this file would test the portable ones, or the same one twice."""
-    args = on("cuda", problem([100], 1, 1, 128, 128, torch.bfloat16))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+def runs(device, **args) -> set[str]:
+    """Which of the kernels of one call there are: "two", "one"."""
+    if device == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            kda_prefill(**args)
+            torch.cuda.synchronize()
+        kernels = [event.key for event in profile.key_averages()]
+    else:
+        library = str(load_ops())
+        read, offsets = ctypes.CDLL(library).kimi_emulator_launches, (ctypes.c_uint64 * 1000)()
+        read(offsets, len(offsets))
         kda_prefill(**args)
-        torch.cuda.synchronize()
-    name = {"two": "kda_chain_sm90_kernel", "one": "kda_whole_sm90_kernel"}[kernels]
-    assert any(name in event.key for event in profile.key_averages())
+        launched = {f"{offset:016x}" for offset in offsets[: read(offsets, len(offsets))]}
+        symbols = subprocess.run(["nm", library], capture_output=True, text=True, check=True).stdout.splitlines()
+        kernels = [line for line in symbols if line[:16] in launched]
+    names = {"two": "kda_chain_sm90_kernel", "one": "kda_whole_sm90_kernel"}
+    return {which for which, name in names.items() if any(name in kernel for kernel in kernels)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_hopper_kernels_run(kernels, device):
+    """Or all of this file would test the portable ones, or the same one twice."""
+    assert runs(device, **on(device, problem([100], 1, 1, 128, 128, torch.bfloat16))) == {kernels}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_which_calls_take_one_kernel(device):
+    """Those that say that their sequences are alike, or short beside all, where there are enough for the device."""
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 3  # the emulator's
+    blocks = int(os.environ.get("KIMI_CUDA_MULTIPROCESSORS", blocks)) if device == "cuda" else blocks
+
+    def which(lengths, **change):
+        return runs(device, **on(device, problem(lengths, 1, 1, 64, 64, torch.bfloat16) | change))
+
+    alike = [64] * (2 * blocks)
+    assert which(alike, max_seqlen=64) == {"one"}
+    assert which([1, *alike], max_seqlen=64) == {"one"}
+    assert which(alike, max_seqlen=0) == {"two"}  # nothing said
+    assert which(alike, max_seqlen=2**62) == {"two"}  # nothing that helps, nor overflows
+    assert which([64 * 12] + [64] * blocks, max_seqlen=64 * 12) == {"two"}  # one block would be at work for ever
+    assert which([64 * 12], max_seqlen=64 * 12) == {"two"}
+    args = problem(alike, 1, 1, 64, 64, torch.bfloat16)
+    assert which(alike, max_seqlen=64, g=args["g"].float()) == {"two"}
+    assert which(alike, max_seqlen=64, state=args["state"].bfloat16()) == {"two"}
 
 
 @needs_gpu

@@ -8,7 +8,9 @@
 //
 // Long inputs go through the two kernels in segments, so that the workspace stays below kSegmentBytes; the state waits
 // in its slot between them. On Hopper the second kernel has a form of its own (chain_sm90.cuh), and where it leaves
-// multiprocessors idle, segments are short: the first kernel of the next one runs on those beside it.
+// multiprocessors idle, segments are short: the first kernel of the next one runs on those beside it. Where sequences
+// times heads fill the chip evenly, as far as max_seqlen tells, one kernel does all of it there, with the same bits
+// (whole_sm90.cuh).
 #include <cmath>
 
 #include "cuda/common/launch.h"
@@ -167,14 +169,14 @@ struct Plan {
 // much more to do than others. In us; kWholeTime for a chunk of a head.
 constexpr double kWholeTime = 7.0, kWholeStart = 6.0, kChunkedStart = 12.0;
 bool is_whole(const KdaPrefillParams& p) {
-  if (!use_sm90() || p.max_seqlen <= 0 || p.state_dtype != DType::kF32 || p.g_dtype != p.dtype) return false;
-  const double blocks = multiprocessors(), tasks = static_cast<double>(p.num_sequences * p.num_value_heads);
-  const auto longest = static_cast<double>(ceil_div<int64_t>(std::min(p.max_seqlen, p.num_tokens), kChunk));
+  if (p.max_seqlen <= 0 || p.state_dtype != DType::kF32 || p.g_dtype != p.dtype || !use_sm90()) return false;
+  const int64_t tokens = std::min(p.max_seqlen, p.num_tokens);  // of the longest sequence
+  const double blocks = multiprocessors(), longest = ceil_div<int64_t>(tokens, kChunk);
   const double share = ceil_div<int64_t>(p.num_tokens, kChunk) * p.num_value_heads / blocks;  // of a block, in chunks
   // Of the block that has most: where sequences are alike, so many of them; else an upper bound, if it begins its
   // longest one last.
-  const double most = p.max_seqlen * p.num_sequences == p.num_tokens
-                          ? std::ceil(tasks / blocks) * longest
+  const double most = tokens * p.num_sequences == p.num_tokens
+                          ? std::ceil(p.num_sequences * p.num_value_heads / blocks) * longest
                           : std::max(longest, share + (longest - 1) * (1 - 1 / blocks));
   const double chunked = std::max(share * (kPrepTime + 3 * kChainTime), longest * kChainTime);
   return kWholeStart + kWholeTime * most < kChunkedStart + chunked;

@@ -12,7 +12,7 @@
 // Bytes: 80 KB a chunk at K = V = 128, instead of 212 with images in memory. Time: the first half's.
 #pragma once
 
-#include "cuda/kda_prefill/chain_sm90.cuh"
+#include "cuda/kda_prefill/chain_warp_sm90.cuh"
 #include "cuda/kda_prefill/prep.cuh"
 
 namespace kimi::cuda {
@@ -424,7 +424,8 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
               store_octet(out_of(chunk) + token * p.out_token_stride + 64 * i + 8 * octet,
                           (&shared.v[i].octets[0][0])[SwizzledRows::place(token, octet)], segment.wide_out);
           }
-          // One tile after the other, the others' states in the slot meanwhile: registers are too few for all this.
+          // One tile after the other, the others' states, which are fp32 there too, in the slot meanwhile: registers
+          // are too few for all this.
           store_states(slot());
 #pragma unroll 1
           for (int i = 0; i < kTiles; ++i) {

@@ -108,10 +108,6 @@ void wgmma_m64n64k16(float (&d)[8][4], uint64_t a, uint64_t b, bool accumulate) 
   wgmma_fp16<kMnMajor>(d, a, b, accumulate);
 }
 template <bool kMnMajor>
-void wgmma_m64n128k16(float (&d)[16][4], uint64_t a, uint64_t b, bool accumulate) {
-  wgmma_fp16<kMnMajor>(d, a, b, accumulate);
-}
-template <bool kMnMajor>
 void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   wgmma_fp16<kMnMajor>(d, a, b, accumulate);
 }

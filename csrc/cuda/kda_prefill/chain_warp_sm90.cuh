@@ -1,0 +1,401 @@
+// What a warp of K2 on Hopper holds and does with a chunk, for chain_sm90.cuh and whole_sm90.cuh: matrix products of
+// whole warpgroups (wgmma).
+//
+// A warpgroup has 64 rows of the state (values) x all key channels as fp32 accumulators, a warp 16 of them, as in
+// chain.cuh. Per chunk, transposed, with -k, T, q, kg and A_qk as right operands in shared memory (image_sm90.cuh):
+//
+//   (1) x^T = v^T - S k^T   (2) v'^T = x^T T^T   (3) o^T = S q^T   (4) S = S D + v'^T kg   (5) o^T += v'^T A_qk^T
+//
+// Range: chain_common.cuh. A warp whose v' is not fit takes part in (4) and (5) with v' = 0 and a state that is not
+// decayed, so nothing changes for it; at the end of the chunk the warpgroup learns of it, and careful_chunk() does the
+// chunk again for such warps. The products there are the same, in the same order. (0 times kg must be 0 for that: kg is
+// finite also where nothing else of an image is valid.)
+#pragma once
+
+#include "cuda/common/ptx_sm90.h"
+#include "cuda/kda_prefill/chain_common.cuh"
+#include "cuda/kda_prefill/image_sm90.cuh"
+
+namespace kimi::cuda {
+
+inline constexpr int kWarpgroup = 4 * kWarp;
+inline constexpr int kWarpgroupBarrier = 1;
+
+// 64 values of each token of a chunk.
+struct ValueRows {
+  static constexpr int kOctets = 9;  // one unused, so that an octet of eight tokens is in all banks
+  uint4 octets[kChunk][kOctets];
+  __device__ __forceinline__ static int place(int token, int octet) { return kOctets * token + octet; }
+};
+
+// The same without padding: an octet of eight tokens is in all banks by a swizzle, the copy engine's of 128 bytes.
+struct alignas(1024) SwizzledRows {
+  static constexpr int kOctets = 8;
+  uint4 octets[kChunk][kOctets];
+  __device__ __forceinline__ static int place(int token, int octet) { return kOctets * token + (octet ^ token % 8); }
+};
+
+// Between the order of channels in load_state() (lane t of a quad has channels 8 t + 2 x, + 1 of a block of 32 in s[x])
+// and that of the accumulators here (channels 8 x + 2 t, + 1): the transposition of 4 x 4 pairs, its own inverse.
+template <int K>
+__device__ __forceinline__ void transpose_quads(float (&s)[K / 8][4]) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < K / 32; ++j) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+      const bool upper = t & bit;
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        if (x & bit) continue;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float &low = s[4 * j + x][i], &high = s[4 * j + (x | bit)][i];
+          const float other = __shfl_xor_sync(kFullWarp, upper ? low : high, bit);
+          (upper ? low : high) = other;
+        }
+      }
+    }
+  }
+}
+
+// Accumulators are read only after the wait for them, and operands are ready before the first product: the compiler
+// would move either.
+template <typename Word, int N>
+__device__ __forceinline__ void wgmma_results(Word (&d)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) register_fence(d[i]);
+}
+
+// S of 64 values in fp16, as left operand in shared memory.
+template <int K>
+struct SharedState {
+  uint4 octets[K / 8][64];  // [eight channels][value]
+};
+
+// What a warp of the chain holds and does, chunk by chunk. Left operands are in registers; with kShared S is in shared
+// memory. `stage` is a ChainStageSm90 or what has the same members.
+template <typename T, int K, bool kShared = false>
+struct ChainWarp {
+  using Rows = std::conditional_t<kShared, SwizzledRows, ValueRows>;
+  float s[K / 8][4];                        // the state: rows g, g + 8 of the warp's 16, channels 8 i + 2 t, + 1
+  uint32_t state[kShared ? 1 : K / 16][4];  // in fp16, as left operand
+  SharedState<K>* shared_state = nullptr;
+  float values[kGroups][4];          // v^T, x^T, v'^T
+  uint32_t operand[kGroups / 2][4];  // the latter two in fp16, as left operand
+  float separate_out[kShared ? 1 : kGroups][4];
+  __device__ __forceinline__ auto& out() {  // o^T. Registers of its own only where the next v^T comes before it goes.
+    if constexpr (kShared)
+      return values;
+    else
+      return separate_out;
+  }
+
+  int lane, warp;
+  int matrix_place;  // for ldmatrix and stmatrix, in the first 16 of Rows, at the warp's 16 values
+
+  __device__ __forceinline__ static int place(int token, int octet) { return Rows::place(token, octet); }
+  __device__ __forceinline__ ChainWarp() { find_place(threadIdx.x); }
+  __device__ __forceinline__ void find_place(int thread) {
+    warp = thread / kWarp % 4;
+    lane = thread % kWarp;
+    matrix_place = Rows::place(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+    if constexpr (!kShared) {
+      lane = keep_in_register(lane);
+      matrix_place = keep_in_register(matrix_place);
+    }
+  }
+
+  // state <- S * factor; with kShared it is there only behind share_state().
+  __device__ __forceinline__ void round_state(float factor) {
+#pragma unroll
+    for (int x = 0; x < K / 16; ++x) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&from)[4] = s[2 * x + i / 2];
+        state[kShared ? 0 : x][i] = pack2<Fp16>(from[2 * (i % 2)] * factor, from[2 * (i % 2) + 1] * factor);
+      }
+      if constexpr (kShared) stmatrix_x4(&shared_state->octets[2 * x + lane / 16][16 * warp + lane % 16], state[0]);
+    }
+  }
+  __device__ __forceinline__ static void share_state() {
+    if constexpr (kShared) {
+      fence_proxy_async();
+      barrier_sync(kWarpgroupBarrier, kWarpgroup);
+    }
+  }
+  // A matrix descriptor for one product. With kShared the compiler would keep the descriptors of all products, and
+  // spill them.
+  __device__ __forceinline__ static uint64_t anew(uint64_t descriptor) {
+    return kShared ? keep_in_register(descriptor) : descriptor;
+  }
+  // S as left operand, and its 16 channels 16 x ..
+  __device__ __forceinline__ uint64_t left_state() const {
+    if constexpr (kShared)
+      return anew(wgmma_descriptor<false>(shared_state->octets, sizeof(shared_state->octets[0]), 128));
+    else
+      return 0;
+  }
+  __device__ __forceinline__ decltype(auto) sixteen_of(uint64_t left, int x) const {
+    if constexpr (kShared)
+      return left + x * (2 * sizeof(shared_state->octets[0]) / 16);
+    else
+      return (state[x]);
+  }
+
+  // values <- v^T.
+  __device__ __forceinline__ void start_values(const auto& stage) {
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) {
+      uint32_t v[4];
+      ldmatrix_x4_trans(v, &stage.v.octets[16 * x][0] + matrix_place);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack_pair<T>(v[i]);
+        values[2 * x + i / 2][2 * (i % 2)] = pair.x;
+        values[2 * x + i / 2][2 * (i % 2) + 1] = pair.y;
+      }
+    }
+  }
+
+  // From the first channels of k or q to the 16 x-th, in 16 bytes: pieces of 512 bytes have 32.
+  __device__ __forceinline__ static int sixteen_channels(int x) { return x / 2 * 32 + x % 2 * 2; }
+
+  // (1): values -= S k^T
+  __device__ __forceinline__ void multiply_k(const auto& stage) {
+    const uint64_t k = anew(wgmma_descriptor_swizzle_64(stage.factors.k, 0, 16 * K)), left = left_state();
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(values, sixteen_of(left, x), k + sixteen_channels(x), true);
+    wgmma_commit();
+  }
+
+  // (2): values <- x^T T^T
+  __device__ __forceinline__ void multiply_t(const auto& stage) {
+    const uint64_t t = anew(wgmma_descriptor<true>(stage.factors.t, 128 * kGroups, 128));
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) wgmma_m64n64k16<true>(values, operand[x], t + 16 * kGroups * x, x > 0);
+    wgmma_commit();
+  }
+
+  // (5): out += v'^T A_qk^T
+  __device__ __forceinline__ void multiply_a_qk(const auto& stage) {
+    const uint64_t a_qk = anew(wgmma_descriptor<false>(stage.factors.a_qk, 128 * kGroups, 128));
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) wgmma_m64n64k16<false>(out(), operand[x], a_qk + 16 * kGroups * x, true);
+    wgmma_commit();
+  }
+
+  // (3): out <- S q^T
+  __device__ __forceinline__ void multiply_q(const auto& stage) {
+    const uint64_t q = anew(wgmma_descriptor_swizzle_64(stage.factors.q, 0, 16 * K)), left = left_state();
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(out(), sixteen_of(left, x), q + sixteen_channels(x), x > 0);
+    wgmma_commit();
+  }
+
+  // (4): S += v'^T kg
+  __device__ __forceinline__ void multiply_kg(const auto& stage) {
+    const uint64_t kg = anew(wgmma_descriptor_swizzle_64(stage.factors.kg, 512, 16 * K));
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) {
+      if constexpr (K == 128)
+        wgmma_m64n128k16<true>(s, operand[x], kg + 2 * K * x, true);
+      else
+        wgmma_m64n64k16<true>(s, operand[x], kg + 2 * K * x, true);
+    }
+    wgmma_commit();
+  }
+
+  // operand <- values.
+  __device__ __forceinline__ void round_values() {
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&from)[4] = values[2 * x + i / 2];
+        operand[x][i] = pack2<Fp16>(from[2 * (i % 2)], from[2 * (i % 2) + 1]);
+      }
+    }
+  }
+  __device__ __forceinline__ void clear_operand() {
+#pragma unroll
+    for (int i = 0; i < 4 * (kGroups / 2); ++i) operand[i / 4][i % 4] = 0;
+  }
+
+  // For a warp whose v' is not fit: (4) and (5) change nothing.
+  __device__ __forceinline__ void stay(float (&decay)[K / 16][4]) {
+    clear_operand();
+    for (auto& four : decay) four[0] = four[1] = four[2] = four[3] = 1.0f;
+  }
+
+  // S *= D, of which a thread needs four elements in each 16 channels.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void load_decay(const float* decay, float (&fours)[K / 16][4]) const {
+#pragma unroll
+    for (int i = kBegin; i < kEnd; ++i) {
+      const auto four = load_vec<float, 4>(decay + 16 * i + 4 * (lane % 4));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) fours[i][e] = four.x[e];
+    }
+  }
+  __device__ __forceinline__ void decay_state(const float (&fours)[K / 16][4]) {
+#pragma unroll
+    for (int i = 0; i < K / 16; ++i) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) s[2 * i + e / 4][e % 4] *= fours[i][e / 4 * 2 + e % 2];
+    }
+  }
+
+  // The same with fewer registers.
+  __device__ __forceinline__ void decay_state(const float* decay) {
+    decay += 4 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < K / 16; ++i) {
+      const auto four = load_vec<float, 4>(decay + 16 * i);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) s[2 * i + e / 4][e % 4] *= four.x[e / 4 * 2 + e % 2];
+    }
+  }
+
+  // rows <- the output times `factor`, in the dtype of memory; the warp's columns.
+  __device__ __forceinline__ void round_out(float factor, Rows& rows) {
+#pragma unroll
+    for (int x = 0; x < kGroups / 2; ++x) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&from)[4] = out()[2 * x + i / 2];
+        words[i] = pack2<T>(from[2 * (i % 2)] * factor, from[2 * (i % 2) + 1] * factor);
+      }
+      stmatrix_x4_trans(&rows.octets[16 * x][0] + matrix_place, words);
+    }
+    __syncwarp();
+  }
+  // The same to memory: the chunk's first `count` tokens, `to` being the first, at the warp's values.
+  __device__ __forceinline__ void write_out(float factor, Rows& rows, T* to, int64_t token_stride, int count,
+                                            bool wide) {
+    round_out(factor, rows);
+#pragma unroll 1
+    for (int token = lane / 2; token < count; token += kWarp / 2) {
+      const int octet = lane % 2;
+      store_octet(to + token * token_stride + 8 * octet, (&rows.octets[0][0])[Rows::place(token, 2 * warp + octet)],
+                  wide);
+    }
+    __syncwarp();
+  }
+
+  // S from the pool, or zeros.
+  __device__ __forceinline__ void load(const StateRows& rows, bool zeros) {
+    const auto fill = [&](auto&& load_pair) {
+      for_pairs([&](int at, float& x, float& y) {
+        const float2 pair = load_pair(at);
+        x = pair.x;
+        y = pair.y;
+      });
+    };
+    if (zeros)
+      fill([](int) { return make_float2(0.0f, 0.0f); });
+    else if (rows.dtype == DType::kF32 && rows.wide)
+      fill([&](int at) { return __ldcg(reinterpret_cast<const float2*>(static_cast<const float*>(rows.data) + at)); });
+    else
+      fill([&](int at) { return load_pair(rows, at); });
+  }
+  __device__ __forceinline__ void store(const StateRows& rows) {
+    if (rows.dtype == DType::kF32 && rows.wide) {
+      for_pairs([&](int at, float x, float y) {
+        *reinterpret_cast<float2*>(static_cast<float*>(rows.data) + at) = make_float2(x, y);
+      });
+    } else {
+      for_pairs([&](int at, float x, float y) { store_pair(rows, at, x, y); });
+    }
+  }
+  // body(place in the rows, its two elements); a warp's are 32 bytes in each of eight rows.
+  template <typename Body>
+  __device__ __forceinline__ void for_pairs(Body&& body) {
+    const int first =
+        keep_in_register(lane / 4 * K + 2 * (lane % 4));  // or addresses would fill registers all the time
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int i = 0; i < K / 8; ++i) body(first + 8 * (K * r + i), s[i][2 * r], s[i][2 * r + 1]);
+    }
+  }
+};
+
+// A block's place in the work.
+struct ChainTask {
+  int sequence, head, first_value;  // of the warp
+  int64_t begin;                    // the sequence's first token
+  int length, first_of_sequence;    // tokens, and its first chunk's number
+  int first, last;                  // chunks of the sequence that are in the segment: [first, last)
+};
+
+// A chunk whose v' some warp of the warpgroup found not fit, or that goes token by token, for the warps that have not
+// done it yet; their output is written.
+template <typename T, int K, bool kShared, typename Stage>
+__device__ __forceinline__ void careful_chunk(ChainWarp<T, K, kShared>& x, const KdaPrefillParams& p,
+                                              const Segment& segment, const ChainTask& task, Stage& stage, int chunk,
+                                              T* out_of_chunk, bool done) {
+  const int count = min(task.length - chunk * kChunk, kChunk);
+  ChunkUnits units(stage.header.exact != 0);
+  if (!units.exact) {  // the same for the whole block
+    bool again;
+    do {
+      const bool idle = units.exact || done;
+      const float factor = idle ? 0.0f : power_of_two(-units.unit);
+      x.round_state(factor);
+      x.share_state();
+      x.start_values(stage);
+#pragma unroll
+      for (int i = 0; i < 4 * kGroups; ++i) x.values[i / 4][i % 4] *= factor;
+      x.multiply_k(stage);
+      wgmma_wait<0>();
+      wgmma_results(x.values);
+      x.round_values();
+      x.multiply_t(stage);
+      wgmma_wait<0>();
+      wgmma_results(x.values);
+      x.round_values();
+      const Magnitude magnitude = magnitude_of(x.operand);
+      const auto value_units = [&] {
+        return choose_value_units<T>(
+            [&](int token, int i) { return (&stage.v.octets[0][0])[x.place(token, 2 * x.warp + i)]; });
+      };
+      again = !idle && !units.template accept<K>(magnitude, x.s, value_units) && !units.exact;
+    } while (barrier_or(kWarpgroupBarrier, kWarpgroup, again));
+
+    // The products are the warpgroup's. To a warp that does not want them v' is 0, and its state stays as it is.
+    const bool idle = units.exact || done;
+    if (idle) {
+      x.clear_operand();
+    } else {
+      scale_state<K>(x.s, power_of_two(-units.unit));
+      float decay[K / 16][4];
+      x.template load_decay<0, K / 16>(stage.header.decay, decay);
+      x.decay_state(decay);
+    }
+    x.multiply_q(stage);
+    x.multiply_kg(stage);
+    x.multiply_a_qk(stage);
+    wgmma_wait<0>();
+    wgmma_results(x.s);
+    wgmma_results(x.out());
+    if (!idle) {
+      scale_state<K>(x.s, power_of_two(units.unit));
+      x.write_out(p.scale * power_of_two(units.unit), stage.v, out_of_chunk, p.out_token_stride, count,
+                  segment.wide_out);
+    }
+  }
+  if (units.exact && !done) {
+    const int64_t token = task.begin + static_cast<int64_t>(chunk) * kChunk;
+    transpose_quads<K>(x.s);
+    run_tokens<T, K / 32>(TokenReader<T, K / 32>(p, task.head, task.first_value), token, token + count, x.s);
+    transpose_quads<K>(x.s);
+  }
+}
+
+}  // namespace kimi::cuda
