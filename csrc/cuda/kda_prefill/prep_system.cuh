@@ -155,4 +155,17 @@ __device__ __forceinline__ void substitute(const PrepLane& at, const PrepShared<
   }
 }
 
+// Phase 5, of four warps: T, 16 columns a warp.
+template <int K, typename Image>
+__device__ __forceinline__ void make_t(const PrepLane& at, const PrepShared<K>& shared, bool exact, Image& image) {
+  const int pair = at.group;
+  uint32_t x[kGroups][2];
+  substitute(at, shared, pair, x);
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    // NaN where the image is not valid: every v' will be, and who multiplies with it looks for that.
+    image.store_t(pair, i, at.lane, exact ? 0x7fff7fffu : x[i][0], exact ? 0x7fff7fffu : x[i][1]);
+  }
+}
+
 }  // namespace kimi::cuda

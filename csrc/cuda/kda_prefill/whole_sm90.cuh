@@ -2,10 +2,12 @@
 // never leave shared memory.
 //
 // A block has a multiprocessor and takes one head of a sequence after the other. Eight warps make the image of a chunk
-// (prep.cuh), and a warpgroup takes the state through the one before (as chain_sm90.cuh does, but it has all values: S
-// in fp16 is in shared memory, and the values go one tile of 64 after the other). There is one image: the second half
-// reads it while the first one makes the next chunk's gates. Where chunks are whole, the copy engine brings q, k, gates
-// and values and takes the output away. The first half goes on to the next head while the second one ends this one.
+// but for T (prep.cuh, phases 1 to 4), and a warpgroup makes T of the one before and takes the state through it (as
+// chain_sm90.cuh does, but it has all values: S in fp16 is in shared memory, and the values go one tile of 64 after the
+// other). T is the second half's because that waits for the first one, and four warps are enough for it. There is one
+// image: the second half reads it, and what T is made of, while the first one makes the next chunk's gates. Where
+// chunks are whole, the copy engine brings q, k, gates and values and takes the output away. The first half goes on to
+// the next head while the second one ends this one.
 //
 // The products are those of the two kernels, in the same order: the same bits.
 //
@@ -57,8 +59,10 @@ struct WholeShared {
   uint64_t gates, keys, values;
 };
 
-// Barriers, beside those of the first half and of the warpgroup: the image is there; all have read it.
-inline constexpr int kFullBarrier = 4, kFreeBarrier = 5;
+// Barriers, beside those of the first half and of the warpgroup: the image is there but for T; all have read it; T is
+// made. At the latter two the second half arrives once before all chunks too, and the first half comes once behind
+// them.
+inline constexpr int kFullBarrier = 4, kFreeBarrier = 5, kSolvedBarrier = 6;
 
 template <int V>
 inline constexpr int kWholeThreads = kPrepThreads + kWarpgroup;
@@ -102,7 +106,7 @@ __device__ __forceinline__ WholeTask take_task(const KdaPrefillParams& p, WholeT
 // What the first half does between the phases of a chunk, the block's `number`-th.
 template <typename T, int K, int V>
 struct BetweenWholePhases {
-  static constexpr int kAhead = kGroups / 2;  // the warp that looks ahead: the first that has no part in phase 5
+  static constexpr int kAhead = kGroups / 2;  // the warp that looks ahead: one that has no sums to add in phase 2
 
   const KdaPrefillParams& p;
   const Segment& segment;
@@ -111,17 +115,20 @@ struct BetweenWholePhases {
   const int number;
   WholeShared<K, V>& shared;
 
-  __device__ __forceinline__ void behind_gates() { mbarrier_wait(&shared.keys, number & 1); }
+  // The second half only arrives there.
+  __device__ __forceinline__ void sync_gates() {
+    mbarrier_wait(&shared.keys, number & 1);
+    barrier_sync(kSolvedBarrier, kWholeThreads<V>);
+  }
   __device__ __forceinline__ void in_phase_2() {
     if (at.group == kAhead && at.lane == 0) start_gates();
   }
-  __device__ __forceinline__ void before_image() {
-    if (number > 0) barrier_sync(kFreeBarrier, kWholeThreads<V>);
+  __device__ __forceinline__ void before_image() { barrier_sync(kFreeBarrier, kWholeThreads<V>); }
+  __device__ __forceinline__ void behind_image() {
+    fence_proxy_async();  // for the products, and the copies that take the place of operands
+    barrier_arrive(kFullBarrier, kWholeThreads<V>);
   }
-  // For the products, and the copies that take the place of operands.
-  __device__ __forceinline__ void behind_operands() { fence_proxy_async(); }
-  __device__ __forceinline__ void in_phase_5() {
-    if (at.group >= kAhead) barrier_arrive(kFullBarrier, kWholeThreads<V>);
+  __device__ __forceinline__ void behind_phase_4() {
     if (at.group == kAhead) start_keys();
   }
 
@@ -169,7 +176,7 @@ struct BetweenWholePhases {
   __device__ __forceinline__ bool is_box(int count) const { return segment.boxes && count == kChunk; }
 };
 
-// The first half: all images, one after the other.
+// The first half: all images but for T, one after the other.
 template <typename T, int K, int V>
 __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
                                             WholeShared<K, V>& shared) {
@@ -219,13 +226,10 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
       __syncwarp();
     }
     inputs.take_gates(at, gate_rows);
-    make_image(at, p, task, inputs, shared.prep, shared.image.image, Between{p, segment, maps, at, number, shared});
-    if (at.group < Between::kAhead) {
-      fence_proxy_async();
-      barrier_arrive(kFullBarrier, kWholeThreads<V>);
-    }
+    make_all_but_t(at, p, task, inputs, shared.prep, shared.image.image, Between{p, segment, maps, at, number, shared});
   }
-  if (number > 0) barrier_sync(kFreeBarrier, kWholeThreads<V>);
+  barrier_sync(kSolvedBarrier, kWholeThreads<V>);
+  barrier_sync(kFreeBarrier, kWholeThreads<V>);
 }
 
 // A warp of the second half has 16 tokens of all values, in rows of 64: lane l octet l % 8 of tokens l / 8 + 4 n.
@@ -326,6 +330,8 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
   int boxes = 0;  // of values so far
   find_place();
   if (thread == 0) load_task(p, blockIdx.x, shared.chain_next);
+  barrier_arrive(kSolvedBarrier, kWholeThreads<V>);
+  barrier_arrive(kFreeBarrier, kWholeThreads<V>);
 #pragma unroll 1
   while (true) {
     find_place();
@@ -375,6 +381,10 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
                 p.v_token_stride, tokens_left(chunk), segment.wide_inputs, shared.v[i]);
         }
         barrier_sync(kFullBarrier, kWholeThreads<V>);
+        make_t(PrepLane(thread), shared.prep, shared.image.image.header.exact != 0, shared.image.image);
+        barrier_arrive(kSolvedBarrier, kWholeThreads<V>);
+        fence_proxy_async();
+        barrier_sync(kWarpgroupBarrier, kWarpgroup);
         // One tile after the other, but for the first product: registers are too few for more.
         bool plain[kTiles] = {}, all_plain = true;
         x[0].start_values(stage_of(0));
@@ -483,8 +493,8 @@ __device__ __forceinline__ void run_whole(const KdaPrefillParams& p, const Segme
   }
 }
 
-// SASS: tensor cores, 16-byte loads, stack 80 (of the second half, which waits for the first: addresses, read once a
-// chunk; registers are full)
+// SASS: tensor cores, 16-byte loads, stack 32 (of the second half, which waits for the first: addresses, read a few
+// times a chunk; registers are full)
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kWholeThreads<V>, 1)
     kda_whole_sm90_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment,
