@@ -96,10 +96,11 @@ struct ChainWarp {
 
   __device__ __forceinline__ static int place(int token, int octet) { return Rows::place(token, octet); }
   __device__ __forceinline__ ChainWarp() { find_place(threadIdx.x); }
-  __device__ __forceinline__ void find_place(int thread) {
-    warp = thread / kWarp % 4;
-    lane = thread % kWarp;
-    matrix_place = Rows::place(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+  __device__ __forceinline__ void find_place(unsigned thread) {  // no sign: divisions are shifts
+    warp = static_cast<int>(thread / kWarp % 4);
+    lane = static_cast<int>(thread % kWarp);
+    matrix_place = Rows::place(static_cast<int>(thread % kWarp / 16 * 8 + thread % 8),
+                               2 * warp + static_cast<int>(thread / 8 % 2));
     if constexpr (!kShared) {
       lane = keep_in_register(lane);
       matrix_place = keep_in_register(matrix_place);
