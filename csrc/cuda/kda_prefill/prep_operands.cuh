@@ -114,6 +114,9 @@ __device__ __forceinline__ void make_operands(const PrepLane& at, const TokenSca
                                               float (&diagonal)[4]) {
   const float q_scale = scales.q * kTf32Rounding, k_scale = scales.k * kTf32Rounding;
   const uint32_t identity = identity_operand<T>(at);
+  const auto power = [&](int j, PowerOfGroup which) {
+    return *reinterpret_cast<const uint4*>(&shared.powers[at.group][which][32 * j + 8 * at.t]);
+  };
 #pragma unroll
   for (int j = 0; j < K / 32; ++j) {
     const int channel = 32 * j + 8 * at.t;
@@ -158,25 +161,37 @@ __device__ __forceinline__ void make_operands(const PrepLane& at, const TokenSca
     rows.a[2 * j + 1][1] = q_rows.z;
     rows.a[2 * j + 1][2] = k_rows.w;
     rows.a[2 * j + 1][3] = q_rows.w;
-    const auto power = [&](PowerOfGroup which) {
-      return *reinterpret_cast<const uint4*>(&shared.powers[at.group][which][channel]);
-    };
-    const uint4 from_start = power(kFromStart);
+    const uint4 from_start = power(j, kFromStart);
     image.store_q(at.group, j, at.lane, multiply(q_rows, from_start));
     image.store_k(at.group, j, at.lane, multiply(k_rows, from_start));
     // Columns of the products with later groups, and of the state's update.
     load_eight(factor, &shared.factors[at.group][1][channel]);
-    const uint4 k_end = pack_scaled(k_column, factor);
-    group.operands.k_end[at.lane] = k_end;
-    // The same for rows beyond a quarter or half of the chunk, of groups that end before it does.
-    if (at.group % 4 == 0) shared.k_quarter[at.group / 4][j][at.lane] = multiply(k_end, power(kWithinHalf));
-    if (at.group < 3) shared.k_then_k_half[j][at.group][at.lane] = multiply(k_end, power(kBetweenHalves));
+    group.operands.k_end[at.lane] = pack_scaled(k_column, factor);
     load_eight(factor, &shared.factors[at.group][2][channel]);
     const uint4 kg = pack_scaled(k_column, factor);
     if constexpr (Image::kTransposedKg)
       group.operands.kg[at.lane] = movmatrix_trans(kg);
     else
-      image.store_kg(at.group, j, at.lane, exact ? make_uint4(0, 0, 0, 0) : kg);  // it may be infinite then
+      image.store_kg(at.group, j, at.lane, kg);
+  }
+  if constexpr (!Image::kTransposedKg) {
+    if (exact) [[unlikely]] {  // it may be infinite
+#pragma unroll 1
+      for (int j = 0; j < K / 32; ++j) image.store_kg(at.group, j, at.lane, make_uint4(0, 0, 0, 0));
+    }
+  }
+  // Columns for rows beyond a quarter or half of the chunk, of groups that end before it does. (Of all channels here:
+  // in the loop each would be a branch.)
+  const auto k_end = [&](int j) { return shared.groups[at.group][j].operands.k_end[at.lane]; };
+  if (at.group % 4 == 0) {
+#pragma unroll
+    for (int j = 0; j < K / 32; ++j)
+      shared.k_quarter[at.group / 4][j][at.lane] = multiply(k_end(j), power(j, kWithinHalf));
+  }
+  if (at.group < 3) {
+#pragma unroll
+    for (int j = 0; j < K / 32; ++j)
+      shared.k_then_k_half[j][at.group][at.lane] = multiply(k_end(j), power(j, kBetweenHalves));
   }
 }
 

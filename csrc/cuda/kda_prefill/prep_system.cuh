@@ -162,9 +162,10 @@ __device__ __forceinline__ void make_t(const PrepLane& at, const PrepShared<K>& 
   uint32_t x[kGroups][2];
   substitute(at, shared, pair, x);
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    // NaN where the image is not valid: every v' will be, and who multiplies with it looks for that.
-    image.store_t(pair, i, at.lane, exact ? 0x7fff7fffu : x[i][0], exact ? 0x7fff7fffu : x[i][1]);
+  for (int i = 0; i < kGroups; ++i) image.store_t(pair, i, at.lane, x[i][0], x[i][1]);
+  if (exact) [[unlikely]] {  // NaN: every v' will be, and who multiplies with it looks for that
+#pragma unroll 1
+    for (int i = 0; i < kGroups; ++i) image.store_t(pair, i, at.lane, 0x7fff7fffu, 0x7fff7fffu);
   }
 }
 
