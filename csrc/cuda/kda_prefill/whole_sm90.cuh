@@ -31,13 +31,13 @@ struct alignas(16) PrepWork {
 
 // A task: a head of a sequence.
 struct WholeTask {
-  int number, begin, end, slot;
+  int number, sequence, head, begin, end, slot;
 };
 
 // The warp that looks ahead: the next chunk's task and first token, and the task after it.
 struct PrepAhead {
   WholeTask task, next;
-  int first_token;
+  int first_token, qk_head;
 };
 
 template <int K, int V>
@@ -80,12 +80,18 @@ __device__ __forceinline__ int read_anew(const int& x) {
   return *const_cast<const volatile int*>(&x);
 }
 
+// Whether a task of this sequence is behind the last one.
+__device__ __forceinline__ bool is_behind_last(const KdaPrefillParams& p, int sequence) {
+  return sequence >= static_cast<int>(p.num_sequences);
+}
+
 // Starts the loads of a task, by one thread, for take_task().
 __device__ __forceinline__ void load_task(const KdaPrefillParams& p, int number, WholeTask& task) {
+  const int heads = static_cast<int>(p.num_value_heads), sequence = number / heads;
   task.number = number;
-  const int heads = static_cast<int>(p.num_value_heads);
-  if (number < static_cast<int>(p.num_sequences) * heads) {
-    const int sequence = number / heads;
+  task.sequence = sequence;
+  task.head = number - sequence * heads;
+  if (!is_behind_last(p, sequence)) {
     cp_async_4(&task.begin, p.cu_seqlens + sequence);
     cp_async_4(&task.end, p.cu_seqlens + sequence + 1);
     cp_async_4(&task.slot, p.slots + sequence);
@@ -96,7 +102,7 @@ __device__ __forceinline__ void load_task(const KdaPrefillParams& p, int number,
 __device__ __forceinline__ WholeTask take_task(const KdaPrefillParams& p, WholeTask& next) {
   cp_async_wait<0>();
   WholeTask task = next;
-  if (task.number >= static_cast<int>(p.num_sequences * p.num_value_heads))
+  if (is_behind_last(p, task.sequence))
     task.begin = task.end = 0;
   else
     load_task(p, task.number + static_cast<int>(gridDim.x), next);
@@ -134,19 +140,19 @@ struct BetweenWholePhases {
 
   // Finds the next chunk of the block, and starts the copy of its gates, if it is a box.
   __device__ __forceinline__ void start_gates() {
-    const int heads = static_cast<int>(p.num_value_heads);
     auto& ahead = shared.ahead;
     ahead.first_token += kChunk;
     if (ahead.first_token >= ahead.task.end) {
-      const int tasks = static_cast<int>(p.num_sequences) * heads;
       do {
         ahead.task = take_task(p, ahead.next);
-      } while (ahead.task.number < tasks && (ahead.task.begin >= ahead.task.end || ahead.task.slot < 0));
+      } while (!is_behind_last(p, ahead.task.sequence) && (ahead.task.begin >= ahead.task.end || ahead.task.slot < 0));
       ahead.first_token = ahead.task.begin;
+      ahead.qk_head = ahead.task.head;
+      if (p.num_value_heads != p.num_heads)
+        ahead.qk_head /= static_cast<int>(p.num_value_heads) / static_cast<int>(p.num_heads);
     }
-    const int first_token = ahead.first_token, head = ahead.task.number % heads;
-    PrepWork work{first_token, min(ahead.task.end - first_token, kChunk), head, head};
-    if (p.num_value_heads != p.num_heads) work.qk_head /= static_cast<int>(p.num_value_heads / p.num_heads);
+    const int first_token = ahead.first_token, head = ahead.task.head;
+    const PrepWork work{first_token, min(ahead.task.end - first_token, kChunk), head, ahead.qk_head};
     shared.work = work;
     if (is_box(work.count)) {
       mbarrier_expect_tx(&shared.gates, sizeof(shared.gate_rows));
@@ -235,8 +241,8 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
 // A warp of the second half has 16 tokens of all values, in rows of 64: lane l octet l % 8 of tokens l / 8 + 4 n.
 struct RowLane {
   int token, octet;
-  __device__ __forceinline__ explicit RowLane(int thread)
-      : token(thread / kWarp * 16 + thread % kWarp / 8), octet(thread % 8) {}
+  __device__ __forceinline__ explicit RowLane(unsigned thread)
+      : token(static_cast<int>(thread / kWarp * 16 + thread % kWarp / 8)), octet(static_cast<int>(thread % 8)) {}
 };
 
 // 64 values of a chunk, the first of its first token at `values`, to shared memory. `length` tokens are left.
@@ -265,10 +271,10 @@ __device__ __forceinline__ void write_out(int thread, const SwizzledRows& rows, 
 // To the L2 cache: the state of a task whose loads were started.
 template <int K, int V>
 __device__ __forceinline__ void prefetch_state(const KdaPrefillParams& p, int thread, const WholeTask& task) {
-  const int number = read_anew(task.number), slot = read_anew(task.slot);
-  if (number >= static_cast<int>(p.num_sequences * p.num_value_heads) || slot < 0) return;
-  const char* const state = static_cast<const char*>(p.state) +
-                            (slot * p.state_slot_stride + number % p.num_value_heads * (K * V)) * sizeof(float);
+  const int slot = read_anew(task.slot);
+  if (is_behind_last(p, read_anew(task.sequence)) || slot < 0) return;
+  const char* const state =
+      static_cast<const char*>(p.state) + (slot * p.state_slot_stride + read_anew(task.head) * (K * V)) * sizeof(float);
 #pragma unroll
   for (int i = 0; i < K * V * static_cast<int>(sizeof(float)) / (128 * kWarpgroup); ++i)
     prefetch_l2(state + 128 * (i * kWarpgroup + thread));
@@ -290,13 +296,13 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
       x[i].find_place(thread);
     }
   };
-  const auto head = [&] { return read_anew(shared.chain.number) % static_cast<int>(p.num_value_heads); };
-  const auto sequence = [&] { return read_anew(shared.chain.number) / static_cast<int>(p.num_value_heads); };
+  const auto head = [&] { return read_anew(shared.chain.head); };
+  const auto sequence = [&] { return read_anew(shared.chain.sequence); };
   const auto slot = [&] { return read_anew(shared.chain.slot); };
   const auto first_token = [&](int chunk) { return read_anew(shared.chain.begin) + chunk * kChunk; };
   const auto tokens_left = [&](int chunk) { return read_anew(shared.chain.end) - first_token(chunk); };
   const auto rows_of = [&](int of_slot, int tile) {
-    return state_rows(p, segment.wide_state, of_slot, head(), 64 * tile + thread / kWarp * 16);
+    return state_rows(p, segment.wide_state, of_slot, head(), 64 * tile + 16 * x[0].warp);
   };
   const auto load_states = [&](int from_slot, bool zeros) {
 #pragma unroll
@@ -337,13 +343,13 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
     find_place();
     if (thread == 0) shared.chain = take_task(p, shared.chain_next);
     barrier_sync(kWarpgroupBarrier, kWarpgroup);
-    if (read_anew(shared.chain.number) >= static_cast<int>(p.num_sequences * p.num_value_heads)) break;
+    if (is_behind_last(p, sequence())) break;
     if (tokens_left(0) > 0 && slot() < 0) {
-      const int lane = thread % kWarp;
+      const int lane = x[0].lane;
 #pragma unroll 1
       for (int token = lane / 2; token < tokens_left(0); token += kWarp / 2) {
         for (int i = 0; i < kTiles; ++i)
-          store_octet(out_of(0) + token * p.out_token_stride + 64 * i + thread / kWarp * 16 + 8 * (lane % 2),
+          store_octet(out_of(0) + token * p.out_token_stride + 64 * i + 16 * x[0].warp + 8 * (lane % 2),
                       make_uint4(0, 0, 0, 0), segment.wide_out);
       }
     }
@@ -429,8 +435,8 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
           for (int i = 0; i < kTiles; ++i) {
             if (!plain[i]) continue;
             done |= 1 << i;
-            const int octet = thread / kWarp * 2 + thread % 2;  // the warp's own
-            for (int token = thread % kWarp / 2; token < min(tokens_left(chunk), kChunk); token += kWarp / 2)
+            const int octet = 2 * x[0].warp + x[0].lane % 2;  // the warp's own
+            for (int token = x[0].lane / 2; token < min(tokens_left(chunk), kChunk); token += kWarp / 2)
               store_octet(out_of(chunk) + token * p.out_token_stride + 64 * i + 8 * octet,
                           (&shared.v[i].octets[0][0])[SwizzledRows::place(token, octet)], segment.wide_out);
           }
@@ -442,7 +448,7 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
             ChainTask of_tile;
             of_tile.sequence = sequence();
             of_tile.head = head();
-            of_tile.first_value = 64 * i + thread / kWarp * 16;
+            of_tile.first_value = 64 * i + 16 * x[0].warp;
             of_tile.begin = first_token(0);
             of_tile.length = tokens_left(0);
             WholeStage<K> stage = stage_of(i);
