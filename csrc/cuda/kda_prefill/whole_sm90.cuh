@@ -44,7 +44,7 @@ template <int K, int V>
 struct WholeShared {
   SwizzledRows v[V / 64];  // tiles of 64 values; then the output
   struct alignas(512) {    // as the swizzle of the factors wants it
-    ChunkImageSm90<K> image;
+    ChunkImageSm90<K, true> image;
   } image;
   SharedState<K> state[V / 64];
   alignas(128) PrepShared<K> prep;
