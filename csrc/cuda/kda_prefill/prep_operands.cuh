@@ -25,23 +25,24 @@ __device__ __forceinline__ void make_factors(const PrepLane& at, const GroupHalv
   const auto sum_before = [&](int group) { return load_vec<float, kChannels>(&shared.sums[group - 1][channel]); };
   const Channels start = m == 0 ? Channels{} : sum_before(m), end = sum_before(m + 1), total = sum_before(kGroups);
   const Channels quarter = sum_before(m / 4 * 4 + 2), half = sum_before(4);
-  const auto whole = [](float x) { return (x + 0x1.8p23f) - 0x1.8p23f; };
+  constexpr float kRounding = 0x1.8p23f;  // x + it has x's whole number in its last bits
   Channels start_to_mid, mid_to_end, mid_to_chunk_end;
   float powers[3][kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     const float first = halves.first[c] - kTf32RoundingLog2, second = halves.second[c] - kTf32RoundingLog2;
-    const float whole_start = whole(start.x[c]), whole_end = whole(end.x[c]);
-    const float whole_quarter = whole(quarter.x[c]), whole_half = whole(half.x[c]);
+    const float at_start = start.x[c] + kRounding, at_end = end.x[c] + kRounding;
+    const float at_quarter = quarter.x[c] + kRounding, at_half = half.x[c] + kRounding;
+    const float whole_start = at_start - kRounding, whole_end = at_end - kRounding;
     start_to_mid.x[c] = exp2_approx(first + (start.x[c] - whole_start));
     mid_to_end.x[c] = exp2_approx(second - (end.x[c] - whole_end));
     mid_to_chunk_end.x[c] = exp2_approx(second + (total.x[c] - end.x[c]));
     powers[kFromStart][c] = exp2_approx(whole_start);
     // Rows of the later part are scaled from their start, columns of the earlier part from their end.
-    const float self = m % 4 >= 2 ? whole_start : whole_end;
-    powers[kWithinHalf][c] = exp2_approx(-fabsf(self - whole_quarter));
-    const float other = m < 4 ? whole_end : m % 4 == 3 ? whole_quarter : whole_start;  // of group 7: what that left
-    powers[kBetweenHalves][c] = exp2_approx(-fabsf(other - whole_half));
+    const float self = m % 4 >= 2 ? at_start : at_end;
+    powers[kWithinHalf][c] = exp2_approx(-fabsf(self - at_quarter));
+    const float other = m < 4 ? at_end : m % 4 == 3 ? at_quarter : at_start;  // of group 7: what that left
+    powers[kBetweenHalves][c] = exp2_approx(-fabsf(other - at_half));
   }
   store_vec(&shared.factors[m][0][channel], start_to_mid);
   store_vec(&shared.factors[m][1][channel], mid_to_end);

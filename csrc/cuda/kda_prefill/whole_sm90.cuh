@@ -51,7 +51,7 @@ struct WholeShared {
   alignas(128) uint4 gate_rows[kChunk][K / 8];  // as they are in memory
   alignas(16) float bias[K];                    // of the gates
   alignas(16) float ones[K];
-  float log_rate;
+  float rate;
   PrepWork work;
   PrepAhead ahead;
   WholeTask chain, chain_next;  // what the second half is at
@@ -174,7 +174,7 @@ struct BetweenWholePhases {
     if (read_anew(shared.work.count) > 0 && read_anew(shared.work.first_token) == read_anew(shared.ahead.task.begin)) {
       PrepInputs<T, K, true> constants;
       constants.template load_constants<false>(at.lane, p, read_anew(shared.work.head));
-      if (at.lane == 0) shared.log_rate = constants.log_rate;
+      if (at.lane == 0) shared.rate = constants.rate;
       store_vec(&shared.bias[K / kWarp * at.lane], constants.bias);
     }
     mbarrier_arrive(&shared.gates);
@@ -215,7 +215,7 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
     task.count = work.count;
     Inputs inputs;
     inputs.load_beta(at, p, task);
-    inputs.log_rate = shared.log_rate;
+    inputs.rate = shared.rate;
     inputs.bias = load_vec<float, Inputs::kChannels>(&shared.bias[Inputs::kChannels * at.lane]);
     uint4* const gate_rows = &shared.gate_rows[0][0];
     if (!segment.boxes || task.count < kChunk) [[unlikely]] {
