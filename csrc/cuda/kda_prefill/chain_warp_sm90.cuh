@@ -35,26 +35,19 @@ struct alignas(1024) SwizzledRows {
   __device__ __forceinline__ static int place(int token, int octet) { return kOctets * token + (octet ^ token % 8); }
 };
 
-// Between the order of channels in load_state() (lane t of a quad has channels 8 t + 2 x, + 1 of a block of 32 in s[x])
-// and that of the accumulators here (channels 8 x + 2 t, + 1): the transposition of 4 x 4 pairs, its own inverse.
+// A step between orders of channels: the bit `of_x` of the number x of s[x], in blocks of four, changes places with the
+// bit `of_lane` of the lane's.
 template <int K>
-__device__ __forceinline__ void transpose_quads(float (&s)[K / 8][4]) {
-  const int t = threadIdx.x % 4;
+__device__ __forceinline__ void swap_bits(float (&s)[K / 8][4], int of_x, int of_lane) {
+  const bool upper = threadIdx.x & of_lane;
 #pragma unroll
-  for (int j = 0; j < K / 32; ++j) {
+  for (int x = 0; x < K / 8; ++x) {
+    if (x & of_x) continue;
 #pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2) {
-      const bool upper = t & bit;
-#pragma unroll
-      for (int x = 0; x < 4; ++x) {
-        if (x & bit) continue;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float &low = s[4 * j + x][i], &high = s[4 * j + (x | bit)][i];
-          const float other = __shfl_xor_sync(kFullWarp, upper ? low : high, bit);
-          (upper ? low : high) = other;
-        }
-      }
+    for (int i = 0; i < 4; ++i) {
+      float &low = s[x][i], &high = s[x | of_x][i];
+      const float other = __shfl_xor_sync(kFullWarp, upper ? low : high, of_lane);
+      (upper ? low : high) = other;
     }
   }
 }
@@ -74,11 +67,13 @@ struct SharedState {
 };
 
 // What a warp of the chain holds and does, chunk by chunk. Left operands are in registers; with kShared S is in shared
-// memory. `stage` is a ChainStageSm90 or what has the same members.
+// memory, and channels are in fours (image_sm90.cuh). `stage` is a ChainStageSm90 or what has the same members.
 template <typename T, int K, bool kShared = false>
 struct ChainWarp {
   using Rows = std::conditional_t<kShared, SwizzledRows, ValueRows>;
-  float s[K / 8][4];                        // the state: rows g, g + 8 of the warp's 16, channels 8 i + 2 t, + 1
+  static constexpr int kPiece = kShared ? 4 : 2;  // elements of a row of the state that a lane has next to each other
+  using Piece = Vec<float, kPiece>;
+  float s[K / 8][4];                        // the state: rows g, g + 8 of the warp's 16, columns 8 i + 2 t, + 1
   uint32_t state[kShared ? 1 : K / 16][4];  // in fp16, as left operand
   SharedState<K>* shared_state = nullptr;
   float values[kGroups][4];          // v^T, x^T, v'^T
@@ -96,10 +91,11 @@ struct ChainWarp {
 
   __device__ __forceinline__ static int place(int token, int octet) { return Rows::place(token, octet); }
   __device__ __forceinline__ ChainWarp() { find_place(threadIdx.x); }
-  __device__ __forceinline__ void find_place(int thread) {
-    warp = thread / kWarp % 4;
-    lane = thread % kWarp;
-    matrix_place = Rows::place(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+  __device__ __forceinline__ void find_place(unsigned thread) {  // no sign: divisions are shifts
+    warp = static_cast<int>(thread / kWarp % 4);
+    lane = static_cast<int>(thread % kWarp);
+    matrix_place = Rows::place(static_cast<int>(thread % kWarp / 16 * 8 + thread % 8),
+                               2 * warp + static_cast<int>(thread / 8 % 2));
     if constexpr (!kShared) {
       lane = keep_in_register(lane);
       matrix_place = keep_in_register(matrix_place);
@@ -290,39 +286,71 @@ struct ChainWarp {
 
   // S from the pool, or zeros.
   __device__ __forceinline__ void load(const StateRows& rows, bool zeros) {
-    const auto fill = [&](auto&& load_pair) {
-      for_pairs([&](int at, float& x, float& y) {
-        const float2 pair = load_pair(at);
-        x = pair.x;
-        y = pair.y;
+    const auto fill = [&](auto&& load_piece) {
+      for_pieces([&](int at, auto&& element) {
+        const Piece piece = load_piece(at);
+#pragma unroll
+        for (int e = 0; e < kPiece; ++e) element(e) = piece.x[e];
       });
     };
+    using Words = std::conditional_t<kPiece == 4, float4, float2>;
     if (zeros)
-      fill([](int) { return make_float2(0.0f, 0.0f); });
+      fill([](int) { return Piece{}; });
     else if (rows.dtype == DType::kF32 && rows.wide)
-      fill([&](int at) { return __ldcg(reinterpret_cast<const float2*>(static_cast<const float*>(rows.data) + at)); });
+      fill([&](int at) {
+        return bits_as<Piece>(__ldcg(reinterpret_cast<const Words*>(static_cast<const float*>(rows.data) + at)));
+      });
     else
-      fill([&](int at) { return load_pair(rows, at); });
+      fill([&](int at) {
+        Piece piece;
+#pragma unroll
+        for (int e = 0; e < kPiece; e += 2) {
+          const float2 pair = load_pair(rows, at + e);
+          piece.x[e] = pair.x;
+          piece.x[e + 1] = pair.y;
+        }
+        return piece;
+      });
   }
   __device__ __forceinline__ void store(const StateRows& rows) {
     if (rows.dtype == DType::kF32 && rows.wide) {
-      for_pairs([&](int at, float x, float y) {
-        *reinterpret_cast<float2*>(static_cast<float*>(rows.data) + at) = make_float2(x, y);
+      for_pieces([&](int at, auto&& element) {
+        Piece piece;
+#pragma unroll
+        for (int e = 0; e < kPiece; ++e) piece.x[e] = element(e);
+        store_vec(static_cast<float*>(rows.data) + at, piece);
       });
     } else {
-      for_pairs([&](int at, float x, float y) { store_pair(rows, at, x, y); });
+      for_pieces([&](int at, auto&& element) {
+#pragma unroll
+        for (int e = 0; e < kPiece; e += 2) store_pair(rows, at + e, element(e), element(e + 1));
+      });
     }
   }
-  // body(place in the rows, its two elements); a warp's are 32 bytes in each of eight rows.
+  // body(place in the rows, its elements); a warp's are 32 or 64 bytes in each of eight rows.
   template <typename Body>
-  __device__ __forceinline__ void for_pairs(Body&& body) {
+  __device__ __forceinline__ void for_pieces(Body&& body) {
     const int first =
-        keep_in_register(lane / 4 * K + 2 * (lane % 4));  // or addresses would fill registers all the time
+        keep_in_register(lane / 4 * K + kPiece * (lane % 4));  // or addresses would fill registers all the time
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int i = 0; i < K / 8; ++i) body(first + 8 * (K * r + i), s[i][2 * r], s[i][2 * r + 1]);
+      for (int i = 0; i < K / (4 * kPiece); ++i)
+        body(first + 8 * K * r + 4 * kPiece * i,
+             [&](int e) -> float& { return s[kPiece / 2 * i + e / 2][2 * r + e % 2]; });
     }
+  }
+
+  // From the order of channels here to that of load_state() (lane t of four has channels 8 t + 2 x, + 1 of a block of
+  // 32 in s[x]), and back. With a pair's number p3 p2 p1 p0 in binary: to t = p3 p2, x = p1 p0 from x = p3 p2, t = p1
+  // p0, or, in fours, from x = p3 p0, t = p2 p1.
+  __device__ __forceinline__ void to_token_order() {
+    swap_bits<K>(s, 2, 2);
+    swap_bits<K>(s, kShared ? 2 : 1, 1);
+  }
+  __device__ __forceinline__ void from_token_order() {
+    swap_bits<K>(s, kShared ? 2 : 1, 1);
+    swap_bits<K>(s, 2, 2);
   }
 };
 
@@ -392,9 +420,9 @@ __device__ __forceinline__ void careful_chunk(ChainWarp<T, K, kShared>& x, const
   }
   if (units.exact && !done) {
     const int64_t token = task.begin + static_cast<int64_t>(chunk) * kChunk;
-    transpose_quads<K>(x.s);
+    x.to_token_order();
     run_tokens<T, K / 32>(TokenReader<T, K / 32>(p, task.head, task.first_value), token, token + count, x.s);
-    transpose_quads<K>(x.s);
+    x.from_token_order();
   }
 }
 

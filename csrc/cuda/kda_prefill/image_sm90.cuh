@@ -4,15 +4,34 @@
 // lane is one piece, and each eight of its lanes write 128 bytes in a row. (In matrices of 8 x 8, without a swizzle,
 // they would write to four lines, and each takes the data path of the L1 cache for a cycle.) T and A_qk come two
 // elements a lane, and are in matrices of 8 x 8, 128 bytes in a row.
+//
+// Order of channels. Lane t of four has columns 8 i + 2 t, + 1 of the state's accumulators. If those are the channels of
+// the same numbers, it has two in a row: 8 bytes of a state in memory. With kFours they are channels 16 (i / 2) + 4 t +
+// 2 (i % 2), + 1, so that of two neighbouring i a lane has four in a row. What a lane of the first kernel has is then one
+// half of two octets of columns, and a warp stores twice 8 bytes a lane: that costs nothing in shared memory, but more
+// in memory.
 #pragma once
 
 #include "cuda/kda_prefill/image.cuh"
 
 namespace kimi::cuda {
 
-// Where the 16 bytes of lane 4 g + t lie in a piece.
-__device__ __forceinline__ int swizzled(int lane) {
-  return lane ^ lane / 8;
+// Where the 16 bytes lie in a piece that would be the `octet`-th without the swizzle: of token octet / 4.
+__device__ __forceinline__ int swizzled(int octet) {
+  return octet ^ octet / 8;
+}
+
+// Of all lanes 4 g + t of a warp: channels 8 t .. 8 t + 7 of token g to a piece.
+template <bool kFours>
+__device__ __forceinline__ void store_piece(uint4 (&piece)[kWarp], int lane, uint4 row) {
+  if constexpr (kFours) {
+    uint2* const halves = reinterpret_cast<uint2*>(piece);
+    const int first = lane / 2 * 2, half = lane % 2;  // octets of columns: first, first + 1
+    halves[2 * swizzled(first) + half] = make_uint2(row.x, row.z);
+    halves[2 * swizzled(first + 1) + half] = make_uint2(row.y, row.w);
+  } else {
+    piece[swizzled(lane)] = row;
+  }
 }
 
 template <int K>
@@ -28,12 +47,12 @@ struct alignas(32) ChunkFactorsSm90 {
 // What threads read themselves.
 template <int K>
 struct alignas(16) ChunkHeaderSm90 {
-  float decay[K];  // e^G_end of channel 16 i + 8 j + 2 t + b at 16 i + 4 t + 2 j + b: a thread's four lie together
+  float decay[K];  // e^G_end; of columns 16 i + 8 j + 2 t + b at 16 i + 4 t + 2 j + b: a thread's four lie together
   int exact;       // not 0: nothing else of the image is valid; kg is finite still, T is NaN
   int unused[3];
 };
 
-template <int K>
+template <int K, bool kFours = false>
 struct alignas(128) ChunkImageSm90 {
   static constexpr bool kTransposedKg = false;  // store_kg takes tokens as they come
 
@@ -42,13 +61,13 @@ struct alignas(128) ChunkImageSm90 {
 
   // Of all lanes of a warp: `row` is channels 32 j + 8 (lane % 4) .. + 7 of token lane / 4 of the group.
   __device__ __forceinline__ void store_k(int group, int j, int lane, uint4 row) {
-    factors.k[group][j][swizzled(lane)] = row;
+    store_piece<kFours>(factors.k[group][j], lane, row);
   }
   __device__ __forceinline__ void store_q(int group, int j, int lane, uint4 row) {
-    factors.q[group][j][swizzled(lane)] = row;
+    store_piece<kFours>(factors.q[group][j], lane, row);
   }
   __device__ __forceinline__ void store_kg(int group, int j, int lane, uint4 row) {
-    factors.kg[group][j][swizzled(lane)] = row;
+    store_piece<kFours>(factors.kg[group][j], lane, row);
   }
   // tiles[c]: row lane / 4 of the group, columns 2 (lane % 4), + 1 of column group c; zeros above the diagonal.
   __device__ __forceinline__ void store_a_qk(int group, int lane, const uint32_t (&tiles)[kGroups]) {
@@ -62,7 +81,7 @@ struct alignas(128) ChunkImageSm90 {
     factors.t[2 * pair + 1][group][lane] = high;
   }
   __device__ __forceinline__ void store_decay(int channel, float decay) {
-    header.decay[channel / 16 * 16 + channel / 2 % 4 * 4 + channel / 8 % 2 * 2 + channel % 2] = decay;
+    header.decay[kFours ? channel : channel / 16 * 16 + channel / 2 % 4 * 4 + channel / 8 % 2 * 2 + channel % 2] = decay;
   }
   __device__ __forceinline__ void store_header(bool exact) {
     header.exact = exact;

@@ -34,23 +34,26 @@ __device__ __forceinline__ void prep_sync() {
 }
 
 // What who makes one image after the other in the same place (whole_sm90.cuh) does between the phases; all threads call
-// it, and here it is nothing.
+// it, and here it is hardly anything.
 struct BetweenPhases {
-  __device__ __forceinline__ void behind_gates() {}     // at the end of phase 1: q and k are needed
-  __device__ __forceinline__ void before_image() {}     // nothing is written to it before
-  __device__ __forceinline__ void behind_operands() {}  // all of the image but T is written
-  __device__ __forceinline__ void in_phase_5() {}       // nobody needs the inputs and operands any more
+  // The barrier at the end of phase 1: q and k are needed, and what T of the chunk before is made of is written anew.
+  __device__ __forceinline__ void sync_gates() { prep_sync(); }
+  __device__ __forceinline__ void in_phase_2() {}      // nobody needs the gates any more
+  __device__ __forceinline__ void before_image() {}    // nothing is written to it before
+  __device__ __forceinline__ void behind_image() {}    // the warp's part of the image is written, but for T
+  __device__ __forceinline__ void behind_phase_4() {}  // nobody needs the inputs and operands any more
 };
 
-// From inputs, which are under way, to the image. Image: ChunkImage<K> or what has the same member functions.
+// Phases 1 to 4: from inputs, which are under way, to all of the image but T. Whether it is not valid. Image:
+// ChunkImage<K> or what has the same member functions.
 template <typename T, int K, bool kOnlyT, typename Image, typename Between>
-__device__ __forceinline__ void make_image(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
-                                           PrepInputs<T, K, kOnlyT>& inputs, PrepShared<K>& shared, Image& image,
-                                           Between between) {
+__device__ __forceinline__ bool make_all_but_t(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
+                                               PrepInputs<T, K, kOnlyT>& inputs, PrepShared<K>& shared, Image& image,
+                                               Between&& between) {
   // Phase 1: gates.
   const auto halves = group_gates(at, p, task, inputs, shared);
-  between.behind_gates();
-  prep_sync();
+  between.sync_gates();
+  between.in_phase_2();
 
   // Phase 2: what depends on a token alone, and the sums of the gates over the chunk.
   const float log2_decay = add_groups(at, shared);
@@ -83,20 +86,10 @@ __device__ __forceinline__ void make_image(const PrepLane& at, const KdaPrefillP
                        shared.groups[2 * s + 1][j].operands.kg[at.lane]);
     }
   }
-  between.behind_operands();
+  between.behind_image();
   prep_sync();
-  between.in_phase_5();
-
-  // Phase 5: T, 16 columns a warp.
-  const int pair = at.group;
-  if (pair >= kGroups / 2) return;
-  uint32_t x[kGroups][2];
-  substitute(at, shared, pair, x);
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    // NaN where the image is not valid: every v' will be, and the second kernel looks for that.
-    image.store_t(pair, i, at.lane, exact ? 0x7fff7fffu : x[i][0], exact ? 0x7fff7fffu : x[i][1]);
-  }
+  between.behind_phase_4();
+  return exact;
 }
 
 // The block's chunk.
@@ -111,8 +104,9 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
   const PrepLane at(threadIdx.x);
   inputs.load(at, p, task, segment.wide_inputs, shared);
   prefetch_inputs<T, K>(at, p, task, segment.prefetch);
-  make_image(at, p, task, inputs, shared, image_of<Image>(segment, chunk, task.head, p.num_value_heads),
-             BetweenPhases());
+  Image& image = image_of<Image>(segment, chunk, task.head, p.num_value_heads);
+  const bool exact = make_all_but_t(at, p, task, inputs, shared, image, BetweenPhases());
+  if (at.group < kGroups / 2) make_t(at, shared, exact, image);
 }
 
 // SASS: tensor cores, 16-byte loads, stack 8 (one address; registers are full)

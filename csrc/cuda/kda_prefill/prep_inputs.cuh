@@ -9,14 +9,18 @@ inline constexpr float kGateFloor = -30.0f;  // log2 of a token's decay within i
 inline constexpr float kSumFloor =
     -256.0f;  // of the decay over a group: 2^-256 is 0, and sums of eight stay exact enough
 
+// e^A_log, such that its products in log2_decays() are never 0 * infinity.
+__device__ __forceinline__ float gate_rate(float log_rate) {
+  const float rate = expf(log_rate);
+  if (rate < 1e-38f) return 1e-38f;
+  return rate > 2e38f ? 2e38f : rate;
+}
+
 // From raw gates (g + dt_bias) log2(e), or g log2(e) for ready log-decays, to the log2 of the decays. The form of the
 // gate is decided once for all elements: a branch for each would keep them from overlapping.
 template <int N, int M>
-__device__ __forceinline__ void log2_decays(const KdaPrefillParams& p, float log_rate, float (&x)[N][M]) {
+__device__ __forceinline__ void log2_decays(const KdaPrefillParams& p, float rate, float (&x)[N][M]) {
   if (p.gate == KdaGate::kLogDecay) return;
-  float rate = expf(log_rate);
-  if (rate < 1e-38f) rate = 1e-38f;  // so that the products below are never 0 * infinity
-  if (rate > 2e38f) rate = 2e38f;
   if (p.gate == KdaGate::kBounded) {
     const float lower_bound_log2 = p.lower_bound * kLog2e;
 #pragma unroll
@@ -69,14 +73,14 @@ __device__ __forceinline__ void copy_octet(uint4* to, const T* from) {
 // token q and k to shared memory, from where it takes them itself (registers would be too many: what is kept of them
 // keeps the compiler from loading ahead in phase 3).
 //
-// kOnlyT: the gates are T; else they may be fp32 too.
+// kOnlyT: the gates are T, else they may be fp32 too; and the head's constants are as they are used.
 template <typename T, int K, bool kOnlyT = false>
 struct PrepInputs {
   static constexpr int kChannels = K / kWarp;
   // As they are in memory: to convert anything here would be to wait for it.
   uint32_t gates[kGroup][kOnlyT ? kChannels / 2 : kChannels];  // words; half of them for a 16-bit dtype
-  Vec<float, kChannels> bias;
-  float log_rate;
+  Vec<float, kChannels> bias;  // dt_bias, or times log2(e)
+  float rate;                  // A_log, or gate_rate() of it
   uint16_t beta_words[2];  // the upper half, and the lower one of an fp32 beta
 
   __device__ __forceinline__ float beta(DType dtype) const {
@@ -86,10 +90,15 @@ struct PrepInputs {
 
   template <bool kWide>
   __device__ __forceinline__ void load_constants(int lane, const KdaPrefillParams& p, unsigned head) {
-    log_rate = p.A_log ? p.A_log[head] : 0.0f;
+    rate = p.A_log ? p.A_log[head] : 0.0f;
     bias = {};
     if (p.dt_bias && p.gate != KdaGate::kLogDecay)
       bias = load_elements<kWide, float, kChannels>(p.dt_bias + head * K + kChannels * lane);
+    if constexpr (kOnlyT) {
+      rate = gate_rate(rate);
+#pragma unroll
+      for (float& x : bias.x) x *= kLog2e;
+    }
   }
   // Rows past the end are another token's, and made harmless later.
   template <bool kWide, typename G>
@@ -138,23 +147,23 @@ struct PrepInputs {
     return task.first_token + static_cast<unsigned>(row < task.count ? row : 0);
   }
 
-  // Gates of dtype T by way of shared memory, the chunk's one row after the other, where from_mid will be: those of the
-  // warp's group to there; and from there.
+  // Gates of dtype T by way of shared memory, `rows` the chunk's one after the other: those of the warp's group to
+  // there, and from there.
   template <bool kWide>
   __device__ __forceinline__ static void copy_gates(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
-                                                    PrepShared<K>& shared) {
+                                                    uint4* rows) {
     constexpr int kOctets = K / 8;  // of a row
     const int left = task.count - kGroup * at.group, last = min(max(left, 1), kGroup) - 1;
     const T* const from =
         static_cast<const T*>(p.g) + task.head * p.g_head_stride +
         (task.first_token + static_cast<unsigned>(left > 0 ? kGroup * at.group : 0)) * p.g_token_stride;
-    uint4* const to = reinterpret_cast<uint4*>(&shared.groups) + kGroup * kOctets * at.group;
 #pragma unroll 1
     for (int i = at.lane; i < kGroup * kOctets; i += kWarp)
-      copy_octet<kWide>(to + i, from + min(i / kOctets, last) * p.g_token_stride + i % kOctets * 8);
+      copy_octet<kWide>(rows + kGroup * kOctets * at.group + i,
+                        from + min(i / kOctets, last) * p.g_token_stride + i % kOctets * 8);
   }
-  __device__ __forceinline__ void take_gates(const PrepLane& at, const PrepShared<K>& shared) {
-    const auto* const from = reinterpret_cast<const uint32_t*>(&shared.groups) + K / 2 * kGroup * at.group;
+  __device__ __forceinline__ void take_gates(const PrepLane& at, const uint4* rows) {
+    const auto* const from = reinterpret_cast<const uint32_t*>(rows) + K / 2 * kGroup * at.group;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const auto words = load_vec<uint32_t, kChannels / 2>(from + K / 2 * i + kChannels / 2 * at.lane);
@@ -194,8 +203,9 @@ struct PrepInputs {
           pair = unpack_pair<G>(gates[i][c / 2]);
         else
           pair = make_float2(__uint_as_float(gates[i][c]), __uint_as_float(gates[i][c + 1]));
-        to[i][c] = fmaf(pair.x, kLog2e, bias.x[c] * kLog2e);
-        to[i][c + 1] = fmaf(pair.y, kLog2e, bias.x[c + 1] * kLog2e);
+        constexpr float kFactor = kOnlyT ? 1.0f : kLog2e;
+        to[i][c] = fmaf(pair.x, kLog2e, bias.x[c] * kFactor);
+        to[i][c + 1] = fmaf(pair.y, kLog2e, bias.x[c + 1] * kFactor);
       }
     }
   }
@@ -221,7 +231,7 @@ __device__ __forceinline__ GroupHalves<K / kWarp> group_gates(const PrepLane& at
   else
     p.g_dtype == DType::kF32 ? inputs.template unpack_gates<float>(log2_decay)
                              : inputs.template unpack_gates<T>(log2_decay);
-  log2_decays(p, inputs.log_rate, log2_decay);
+  log2_decays(p, kOnlyT ? inputs.rate : gate_rate(inputs.rate), log2_decay);
   if (left < kGroup) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
@@ -233,21 +243,23 @@ __device__ __forceinline__ GroupHalves<K / kWarp> group_gates(const PrepLane& at
   Vec<float, kChannels> sum;
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    sum.x[c] = 0.0f;
+    sum.x[c] = log2_decay[0][c];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) sum.x[c] += log2_decay[i][c];
+    for (int i = 1; i < kGroup; ++i) sum.x[c] += log2_decay[i][c];
     if (sum.x[c] < kSumFloor) sum.x[c] = kSumFloor;  // a NaN stays one
-    float from_mid = 0.0f;  // outwards from the middle; minus the floored decays towards the start
+    // Outwards from the middle; minus the floored decays towards the start.
+    float from_mid = fminf(-log2_decay[kMid][c], -kGateFloor);
+    log2_decay[kMid][c] = 0.0f;
 #pragma unroll
-    for (int i = kMid; i >= 0; --i) {
+    for (int i = kMid - 1; i >= 0; --i) {
       const float next = from_mid + fminf(-log2_decay[i][c], -kGateFloor);
       log2_decay[i][c] = from_mid;
       from_mid = next;
     }
     halves.first[c] = -from_mid;
-    from_mid = 0.0f;
+    log2_decay[kMid + 1][c] = from_mid = fmaxf(log2_decay[kMid + 1][c], kGateFloor);
 #pragma unroll
-    for (int i = kMid + 1; i < kGroup; ++i) log2_decay[i][c] = from_mid += fmaxf(log2_decay[i][c], kGateFloor);
+    for (int i = kMid + 2; i < kGroup; ++i) log2_decay[i][c] = from_mid += fmaxf(log2_decay[i][c], kGateFloor);
     halves.second[c] = from_mid;
   }
   store_vec(&shared.sums[at.group][channel], sum);

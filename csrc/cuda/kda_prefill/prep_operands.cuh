@@ -25,23 +25,24 @@ __device__ __forceinline__ void make_factors(const PrepLane& at, const GroupHalv
   const auto sum_before = [&](int group) { return load_vec<float, kChannels>(&shared.sums[group - 1][channel]); };
   const Channels start = m == 0 ? Channels{} : sum_before(m), end = sum_before(m + 1), total = sum_before(kGroups);
   const Channels quarter = sum_before(m / 4 * 4 + 2), half = sum_before(4);
-  const auto whole = [](float x) { return (x + 0x1.8p23f) - 0x1.8p23f; };
+  constexpr float kRounding = 0x1.8p23f;  // x + it has x's whole number in its last bits
   Channels start_to_mid, mid_to_end, mid_to_chunk_end;
   float powers[3][kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     const float first = halves.first[c] - kTf32RoundingLog2, second = halves.second[c] - kTf32RoundingLog2;
-    const float whole_start = whole(start.x[c]), whole_end = whole(end.x[c]);
-    const float whole_quarter = whole(quarter.x[c]), whole_half = whole(half.x[c]);
+    const float at_start = start.x[c] + kRounding, at_end = end.x[c] + kRounding;
+    const float at_quarter = quarter.x[c] + kRounding, at_half = half.x[c] + kRounding;
+    const float whole_start = at_start - kRounding, whole_end = at_end - kRounding;
     start_to_mid.x[c] = exp2_approx(first + (start.x[c] - whole_start));
     mid_to_end.x[c] = exp2_approx(second - (end.x[c] - whole_end));
     mid_to_chunk_end.x[c] = exp2_approx(second + (total.x[c] - end.x[c]));
     powers[kFromStart][c] = exp2_approx(whole_start);
     // Rows of the later part are scaled from their start, columns of the earlier part from their end.
-    const float self = m % 4 >= 2 ? whole_start : whole_end;
-    powers[kWithinHalf][c] = exp2_approx(-fabsf(self - whole_quarter));
-    const float other = m < 4 ? whole_end : m % 4 == 3 ? whole_quarter : whole_start;  // of group 7: what that left
-    powers[kBetweenHalves][c] = exp2_approx(-fabsf(other - whole_half));
+    const float self = m % 4 >= 2 ? at_start : at_end;
+    powers[kWithinHalf][c] = exp2_approx(-fabsf(self - at_quarter));
+    const float other = m < 4 ? at_end : m % 4 == 3 ? at_quarter : at_start;  // of group 7: what that left
+    powers[kBetweenHalves][c] = exp2_approx(-fabsf(other - at_half));
   }
   store_vec(&shared.factors[m][0][channel], start_to_mid);
   store_vec(&shared.factors[m][1][channel], mid_to_end);
@@ -114,6 +115,9 @@ __device__ __forceinline__ void make_operands(const PrepLane& at, const TokenSca
                                               float (&diagonal)[4]) {
   const float q_scale = scales.q * kTf32Rounding, k_scale = scales.k * kTf32Rounding;
   const uint32_t identity = identity_operand<T>(at);
+  const auto power = [&](int j, PowerOfGroup which) {
+    return *reinterpret_cast<const uint4*>(&shared.powers[at.group][which][32 * j + 8 * at.t]);
+  };
 #pragma unroll
   for (int j = 0; j < K / 32; ++j) {
     const int channel = 32 * j + 8 * at.t;
@@ -158,25 +162,37 @@ __device__ __forceinline__ void make_operands(const PrepLane& at, const TokenSca
     rows.a[2 * j + 1][1] = q_rows.z;
     rows.a[2 * j + 1][2] = k_rows.w;
     rows.a[2 * j + 1][3] = q_rows.w;
-    const auto power = [&](PowerOfGroup which) {
-      return *reinterpret_cast<const uint4*>(&shared.powers[at.group][which][channel]);
-    };
-    const uint4 from_start = power(kFromStart);
+    const uint4 from_start = power(j, kFromStart);
     image.store_q(at.group, j, at.lane, multiply(q_rows, from_start));
     image.store_k(at.group, j, at.lane, multiply(k_rows, from_start));
     // Columns of the products with later groups, and of the state's update.
     load_eight(factor, &shared.factors[at.group][1][channel]);
-    const uint4 k_end = pack_scaled(k_column, factor);
-    group.operands.k_end[at.lane] = k_end;
-    // The same for rows beyond a quarter or half of the chunk, of groups that end before it does.
-    if (at.group % 4 == 0) shared.k_quarter[at.group / 4][j][at.lane] = multiply(k_end, power(kWithinHalf));
-    if (at.group < 3) shared.k_then_k_half[j][at.group][at.lane] = multiply(k_end, power(kBetweenHalves));
+    group.operands.k_end[at.lane] = pack_scaled(k_column, factor);
     load_eight(factor, &shared.factors[at.group][2][channel]);
     const uint4 kg = pack_scaled(k_column, factor);
     if constexpr (Image::kTransposedKg)
       group.operands.kg[at.lane] = movmatrix_trans(kg);
     else
-      image.store_kg(at.group, j, at.lane, exact ? make_uint4(0, 0, 0, 0) : kg);  // it may be infinite then
+      image.store_kg(at.group, j, at.lane, kg);
+  }
+  if constexpr (!Image::kTransposedKg) {
+    if (exact) [[unlikely]] {  // it may be infinite
+#pragma unroll 1
+      for (int j = 0; j < K / 32; ++j) image.store_kg(at.group, j, at.lane, make_uint4(0, 0, 0, 0));
+    }
+  }
+  // Columns for rows beyond a quarter or half of the chunk, of groups that end before it does. (Of all channels here:
+  // in the loop each would be a branch.)
+  const auto k_end = [&](int j) { return shared.groups[at.group][j].operands.k_end[at.lane]; };
+  if (at.group % 4 == 0) {
+#pragma unroll
+    for (int j = 0; j < K / 32; ++j)
+      shared.k_quarter[at.group / 4][j][at.lane] = multiply(k_end(j), power(j, kWithinHalf));
+  }
+  if (at.group < 3) {
+#pragma unroll
+    for (int j = 0; j < K / 32; ++j)
+      shared.k_then_k_half[j][at.group][at.lane] = multiply(k_end(j), power(j, kBetweenHalves));
   }
 }
 

@@ -31,11 +31,16 @@ struct PrepTask {
   }
 };
 
-// The place of a thread: warp = group of tokens, lane = 4 g + t.
+// The place of a thread: warp = group of tokens, lane = 4 g + t. From a number without a sign: of one with a sign that
+// the compiler does not know, each division would take several instructions.
 struct PrepLane {
   int thread, group, lane, g, t;
-  __device__ __forceinline__ explicit PrepLane(int thread)
-      : thread(thread), group(thread / kWarp), lane(thread % kWarp), g(lane / 4), t(lane % 4) {}
+  __device__ __forceinline__ explicit PrepLane(unsigned thread)
+      : thread(static_cast<int>(thread)),
+        group(static_cast<int>(thread / kWarp)),
+        lane(static_cast<int>(thread % kWarp)),
+        g(static_cast<int>(thread % kWarp / 4)),
+        t(static_cast<int>(thread % 4)) {}
 };
 
 // Three levels of products between groups: within pairs, within each half of the chunk, between the halves.

@@ -155,4 +155,18 @@ __device__ __forceinline__ void substitute(const PrepLane& at, const PrepShared<
   }
 }
 
+// Phase 5, of four warps: T, 16 columns a warp.
+template <int K, typename Image>
+__device__ __forceinline__ void make_t(const PrepLane& at, const PrepShared<K>& shared, bool exact, Image& image) {
+  const int pair = at.group;
+  uint32_t x[kGroups][2];
+  substitute(at, shared, pair, x);
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) image.store_t(pair, i, at.lane, x[i][0], x[i][1]);
+  if (exact) [[unlikely]] {  // NaN: every v' will be, and who multiplies with it looks for that
+#pragma unroll 1
+    for (int i = 0; i < kGroups; ++i) image.store_t(pair, i, at.lane, 0x7fff7fffu, 0x7fff7fffu);
+  }
+}
+
 }  // namespace kimi::cuda

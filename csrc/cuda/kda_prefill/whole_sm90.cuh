@@ -2,15 +2,16 @@
 // never leave shared memory.
 //
 // A block has a multiprocessor and takes one head of a sequence after the other. Eight warps make the image of a chunk
-// (prep.cuh), and a warpgroup takes the state through the one before (as chain_sm90.cuh does, but it has all values: S
-// in fp16 is in shared memory, and the values go one tile of 64 after the other). There is one image: the second half
-// reads it while the first one makes the next chunk's gates. Where chunks are whole, the copy engine brings q, k, gates
-// and values and takes the output away. The first half goes on to the next head while the second one ends this one.
+// but for T (prep.cuh, phases 1 to 4), and a warpgroup makes T of the one before and takes the state through it (as
+// chain_sm90.cuh does, but it has all values: S in fp16 is in shared memory, and the values go one tile of 64 after the
+// other). T is the second half's because that waits for the first one, and four warps are enough for it. There is one
+// image: the second half reads it, and what T is made of, while the first one makes the next chunk's gates. Where
+// chunks are whole, the copy engine brings q, k, gates and values and takes the output away. The first half goes on to
+// the next head while the second one ends this one.
 //
 // The products are those of the two kernels, in the same order: the same bits.
 //
-// Bytes: 80 KB a chunk at K = V = 128, instead of 212 with images in memory. Time: the first half's, 5.5 us a chunk on
-// an H200, and 1.3 us by which the second half's products hold it up (docs/kda.md).
+// Bytes: 80 KB a chunk at K = V = 128, instead of 212 with images in memory. Time: the first half's.
 #pragma once
 
 #include "cuda/kda_prefill/chain_warp_sm90.cuh"
@@ -30,26 +31,27 @@ struct alignas(16) PrepWork {
 
 // A task: a head of a sequence.
 struct WholeTask {
-  int number, begin, end, slot;
+  int number, sequence, head, begin, end, slot;
 };
 
 // The warp that looks ahead: the next chunk's task and first token, and the task after it.
 struct PrepAhead {
   WholeTask task, next;
-  int first_token;
+  int first_token, qk_head;
 };
 
 template <int K, int V>
 struct WholeShared {
-  SwizzledRows v[V / 64], out[V / 64];  // tiles of 64 values
-  struct alignas(512) {                 // as the swizzle of the factors wants it
-    ChunkImageSm90<K> image;
+  SwizzledRows v[V / 64];  // tiles of 64 values; then the output
+  struct alignas(512) {    // as the swizzle of the factors wants it
+    ChunkImageSm90<K, true> image;
   } image;
   SharedState<K> state[V / 64];
   alignas(128) PrepShared<K> prep;
-  alignas(16) float bias[K];  // of the gates
+  alignas(128) uint4 gate_rows[kChunk][K / 8];  // as they are in memory
+  alignas(16) float bias[K];                    // of the gates
   alignas(16) float ones[K];
-  float log_rate;
+  float rate;
   PrepWork work;
   PrepAhead ahead;
   WholeTask chain, chain_next;  // what the second half is at
@@ -57,8 +59,10 @@ struct WholeShared {
   uint64_t gates, keys, values;
 };
 
-// Barriers, beside those of the first half and of the warpgroup: the image is there; all have read it.
-inline constexpr int kFullBarrier = 4, kFreeBarrier = 5;
+// Barriers, beside those of the first half and of the warpgroup: the image is there but for T; all have read it; T is
+// made. At the latter two the second half arrives once before all chunks too, and the first half comes once behind
+// them.
+inline constexpr int kFullBarrier = 4, kFreeBarrier = 5, kSolvedBarrier = 6;
 
 template <int V>
 inline constexpr int kWholeThreads = kPrepThreads + kWarpgroup;
@@ -76,12 +80,18 @@ __device__ __forceinline__ int read_anew(const int& x) {
   return *const_cast<const volatile int*>(&x);
 }
 
+// Whether a task of this sequence is behind the last one.
+__device__ __forceinline__ bool is_behind_last(const KdaPrefillParams& p, int sequence) {
+  return sequence >= static_cast<int>(p.num_sequences);
+}
+
 // Starts the loads of a task, by one thread, for take_task().
 __device__ __forceinline__ void load_task(const KdaPrefillParams& p, int number, WholeTask& task) {
+  const int heads = static_cast<int>(p.num_value_heads), sequence = number / heads;
   task.number = number;
-  const int heads = static_cast<int>(p.num_value_heads);
-  if (number < static_cast<int>(p.num_sequences) * heads) {
-    const int sequence = number / heads;
+  task.sequence = sequence;
+  task.head = number - sequence * heads;
+  if (!is_behind_last(p, sequence)) {
     cp_async_4(&task.begin, p.cu_seqlens + sequence);
     cp_async_4(&task.end, p.cu_seqlens + sequence + 1);
     cp_async_4(&task.slot, p.slots + sequence);
@@ -92,55 +102,17 @@ __device__ __forceinline__ void load_task(const KdaPrefillParams& p, int number,
 __device__ __forceinline__ WholeTask take_task(const KdaPrefillParams& p, WholeTask& next) {
   cp_async_wait<0>();
   WholeTask task = next;
-  if (task.number >= static_cast<int>(p.num_sequences * p.num_value_heads))
+  if (is_behind_last(p, task.sequence))
     task.begin = task.end = 0;
   else
     load_task(p, task.number + static_cast<int>(gridDim.x), next);
   return task;
 }
 
-// The warp that looks ahead finds the next chunk of the block, and starts the copies of its inputs.
-template <typename T, int K, int V>
-__device__ __forceinline__ void look_ahead(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
-                                           int lane, WholeShared<K, V>& shared) {
-  const int heads = static_cast<int>(p.num_value_heads);
-  auto& ahead = shared.ahead;
-  if (lane == 0) {
-    ahead.first_token += kChunk;
-    if (ahead.first_token >= ahead.task.end) {
-      const int tasks = static_cast<int>(p.num_sequences) * heads;
-      do {
-        ahead.task = take_task(p, ahead.next);
-      } while (ahead.task.number < tasks && (ahead.task.begin >= ahead.task.end || ahead.task.slot < 0));
-      ahead.first_token = ahead.task.begin;
-    }
-    const int first_token = ahead.first_token, head = ahead.task.number % heads;
-    PrepWork work{first_token, min(ahead.task.end - first_token, kChunk), head, head};
-    if (p.num_value_heads != p.num_heads) work.qk_head /= static_cast<int>(p.num_value_heads / p.num_heads);
-    shared.work = work;
-    if (segment.boxes && work.count == kChunk) {
-      mbarrier_expect_tx(&shared.gates, sizeof(T) * kChunk * K);
-      tensor_copy(&shared.prep.groups, maps.g, head, first_token, &shared.gates);
-      mbarrier_expect_tx(&shared.keys, 2 * sizeof(T) * kChunk * K);
-      tensor_copy(&shared.prep.k_then_k_half, maps.k, work.qk_head, first_token, &shared.keys);
-      tensor_copy(&shared.prep.q, maps.q, work.qk_head, first_token, &shared.keys);
-    }
-  }
-  __syncwarp();
-  if (read_anew(shared.work.count) > 0 && read_anew(ahead.first_token) == read_anew(ahead.task.begin)) {
-    PrepInputs<T, K, true> constants;
-    constants.template load_constants<false>(lane, p, read_anew(shared.work.head));
-    if (lane == 0) shared.log_rate = constants.log_rate;
-    store_vec(&shared.bias[K / kWarp * lane], constants.bias);
-  }
-  mbarrier_arrive(&shared.gates);
-  if (lane == 0) mbarrier_arrive(&shared.keys);
-}
-
 // What the first half does between the phases of a chunk, the block's `number`-th.
 template <typename T, int K, int V>
 struct BetweenWholePhases {
-  static constexpr int kAhead = kGroups / 2;  // the warp that looks ahead: the first that has no part in phase 5
+  static constexpr int kAhead = kGroups / 2;  // the warp that looks ahead: one that has no sums to add in phase 2
 
   const KdaPrefillParams& p;
   const Segment& segment;
@@ -149,29 +121,84 @@ struct BetweenWholePhases {
   const int number;
   WholeShared<K, V>& shared;
 
-  __device__ __forceinline__ void behind_gates() { mbarrier_wait(&shared.keys, number & 1); }
-  __device__ __forceinline__ void before_image() {
-    if (number > 0) barrier_sync(kFreeBarrier, kWholeThreads<V>);
+  // The second half only arrives there.
+  __device__ __forceinline__ void sync_gates() {
+    mbarrier_wait(&shared.keys, number & 1);
+    barrier_sync(kSolvedBarrier, kWholeThreads<V>);
   }
-  // For the products, and the copies that take the place of operands.
-  __device__ __forceinline__ void behind_operands() { fence_proxy_async(); }
-  __device__ __forceinline__ void in_phase_5() {
-    if (at.group >= kAhead) barrier_arrive(kFullBarrier, kWholeThreads<V>);
-    if (at.group == kAhead) look_ahead<T>(p, segment, maps, at.lane, shared);
+  __device__ __forceinline__ void in_phase_2() {
+    if (at.group == kAhead && at.lane == 0) start_gates();
   }
+  __device__ __forceinline__ void before_image() { barrier_sync(kFreeBarrier, kWholeThreads<V>); }
+  __device__ __forceinline__ void behind_image() {
+    fence_proxy_async();  // for the products, and the copies that take the place of operands
+    barrier_arrive(kFullBarrier, kWholeThreads<V>);
+  }
+  __device__ __forceinline__ void behind_phase_4() {
+    if (at.group == kAhead) start_keys();
+  }
+
+  // Finds the next chunk of the block, and starts the copy of its gates, if it is a box.
+  __device__ __forceinline__ void start_gates() {
+    auto& ahead = shared.ahead;
+    ahead.first_token += kChunk;
+    if (ahead.first_token >= ahead.task.end) {
+      do {
+        ahead.task = take_task(p, ahead.next);
+      } while (!is_behind_last(p, ahead.task.sequence) && (ahead.task.begin >= ahead.task.end || ahead.task.slot < 0));
+      ahead.first_token = ahead.task.begin;
+      ahead.qk_head = ahead.task.head;
+      if (p.num_value_heads != p.num_heads)
+        ahead.qk_head /= static_cast<int>(p.num_value_heads) / static_cast<int>(p.num_heads);
+    }
+    const int first_token = ahead.first_token, head = ahead.task.head;
+    const PrepWork work{first_token, min(ahead.task.end - first_token, kChunk), head, ahead.qk_head};
+    shared.work = work;
+    if (is_box(work.count)) {
+      mbarrier_expect_tx(&shared.gates, sizeof(shared.gate_rows));
+      tensor_copy(&shared.gate_rows, maps.g, head, first_token, &shared.gates);
+    }
+  }
+  // And that of its q and k; the constants of the gates, if it is the first of a head. By the whole warp.
+  __device__ __forceinline__ void start_keys() {
+    if (at.lane == 0) {
+      const PrepWork work = shared.work;
+      if (is_box(work.count)) {
+        mbarrier_expect_tx(&shared.keys, 2 * sizeof(T) * kChunk * K);
+        tensor_copy(&shared.prep.k_then_k_half, maps.k, work.qk_head, work.first_token, &shared.keys);
+        tensor_copy(&shared.prep.q, maps.q, work.qk_head, work.first_token, &shared.keys);
+      }
+      mbarrier_arrive(&shared.keys);
+    }
+    __syncwarp();
+    if (read_anew(shared.work.count) > 0 && read_anew(shared.work.first_token) == read_anew(shared.ahead.task.begin)) {
+      PrepInputs<T, K, true> constants;
+      constants.template load_constants<false>(at.lane, p, read_anew(shared.work.head));
+      if (at.lane == 0) shared.rate = constants.rate;
+      store_vec(&shared.bias[K / kWarp * at.lane], constants.bias);
+    }
+    mbarrier_arrive(&shared.gates);
+  }
+  __device__ __forceinline__ bool is_box(int count) const { return segment.boxes && count == kChunk; }
 };
 
-// The first half: all images, one after the other.
+// The first half: all images but for T, one after the other.
 template <typename T, int K, int V>
 __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
                                             WholeShared<K, V>& shared) {
   using Inputs = PrepInputs<T, K, true>;
   using Between = BetweenWholePhases<T, K, V>;
-  constexpr int kAhead = Between::kAhead;
-  if (threadIdx.x / kWarp == kAhead) {
-    if (threadIdx.x % kWarp == 0) load_task(p, blockIdx.x, shared.ahead.next);
-    __syncwarp();
-    look_ahead<T>(p, segment, maps, threadIdx.x % kWarp, shared);
+  {
+    const PrepLane at(threadIdx.x);
+    Between before_all{p, segment, maps, at, -1, shared};
+    if (at.group == Between::kAhead) {
+      if (at.lane == 0) {
+        load_task(p, blockIdx.x, shared.ahead.next);
+        before_all.start_gates();
+      }
+      __syncwarp();
+      before_all.start_keys();
+    }
   }
   int number = 0;
 #pragma unroll 1
@@ -188,36 +215,34 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
     task.count = work.count;
     Inputs inputs;
     inputs.load_beta(at, p, task);
-    inputs.log_rate = shared.log_rate;
+    inputs.rate = shared.rate;
     inputs.bias = load_vec<float, Inputs::kChannels>(&shared.bias[Inputs::kChannels * at.lane]);
+    uint4* const gate_rows = &shared.gate_rows[0][0];
     if (!segment.boxes || task.count < kChunk) [[unlikely]] {
       if (segment.wide_inputs) {
-        Inputs::template copy_gates<true>(at, p, task, shared.prep);
+        Inputs::template copy_gates<true>(at, p, task, gate_rows);
         Inputs::template copy_keys<true>(at, p, task, shared.prep);
       } else {
-        Inputs::template copy_gates<false>(at, p, task, shared.prep);
+        Inputs::template copy_gates<false>(at, p, task, gate_rows);
         Inputs::template copy_keys<false>(at, p, task, shared.prep);
       }
       cp_async_commit();
       cp_async_wait<0>();
+      fence_proxy_async();  // for the next copy of gates
       __syncwarp();
     }
-    inputs.take_gates(at, shared.prep);
-    prep_sync();  // from_mid takes their place
-    make_image(at, p, task, inputs, shared.prep, shared.image.image, Between{p, segment, maps, at, number, shared});
-    if (at.group < kAhead) {
-      fence_proxy_async();
-      barrier_arrive(kFullBarrier, kWholeThreads<V>);
-    }
+    inputs.take_gates(at, gate_rows);
+    make_all_but_t(at, p, task, inputs, shared.prep, shared.image.image, Between{p, segment, maps, at, number, shared});
   }
-  if (number > 0) barrier_sync(kFreeBarrier, kWholeThreads<V>);
+  barrier_sync(kSolvedBarrier, kWholeThreads<V>);
+  barrier_sync(kFreeBarrier, kWholeThreads<V>);
 }
 
 // A warp of the second half has 16 tokens of all values, in rows of 64: lane l octet l % 8 of tokens l / 8 + 4 n.
 struct RowLane {
   int token, octet;
-  __device__ __forceinline__ explicit RowLane(int thread)
-      : token(thread / kWarp * 16 + thread % kWarp / 8), octet(thread % 8) {}
+  __device__ __forceinline__ explicit RowLane(unsigned thread)
+      : token(static_cast<int>(thread / kWarp * 16 + thread % kWarp / 8)), octet(static_cast<int>(thread % 8)) {}
 };
 
 // 64 values of a chunk, the first of its first token at `values`, to shared memory. `length` tokens are left.
@@ -246,10 +271,10 @@ __device__ __forceinline__ void write_out(int thread, const SwizzledRows& rows, 
 // To the L2 cache: the state of a task whose loads were started.
 template <int K, int V>
 __device__ __forceinline__ void prefetch_state(const KdaPrefillParams& p, int thread, const WholeTask& task) {
-  const int number = read_anew(task.number), slot = read_anew(task.slot);
-  if (number >= static_cast<int>(p.num_sequences * p.num_value_heads) || slot < 0) return;
-  const char* const state = static_cast<const char*>(p.state) +
-                            (slot * p.state_slot_stride + number % p.num_value_heads * (K * V)) * sizeof(float);
+  const int slot = read_anew(task.slot);
+  if (is_behind_last(p, read_anew(task.sequence)) || slot < 0) return;
+  const char* const state =
+      static_cast<const char*>(p.state) + (slot * p.state_slot_stride + read_anew(task.head) * (K * V)) * sizeof(float);
 #pragma unroll
   for (int i = 0; i < K * V * static_cast<int>(sizeof(float)) / (128 * kWarpgroup); ++i)
     prefetch_l2(state + 128 * (i * kWarpgroup + thread));
@@ -271,13 +296,13 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
       x[i].find_place(thread);
     }
   };
-  const auto head = [&] { return read_anew(shared.chain.number) % static_cast<int>(p.num_value_heads); };
-  const auto sequence = [&] { return read_anew(shared.chain.number) / static_cast<int>(p.num_value_heads); };
+  const auto head = [&] { return read_anew(shared.chain.head); };
+  const auto sequence = [&] { return read_anew(shared.chain.sequence); };
   const auto slot = [&] { return read_anew(shared.chain.slot); };
   const auto first_token = [&](int chunk) { return read_anew(shared.chain.begin) + chunk * kChunk; };
   const auto tokens_left = [&](int chunk) { return read_anew(shared.chain.end) - first_token(chunk); };
   const auto rows_of = [&](int of_slot, int tile) {
-    return state_rows(p, segment.wide_state, of_slot, head(), 64 * tile + thread / kWarp * 16);
+    return state_rows(p, segment.wide_state, of_slot, head(), 64 * tile + 16 * x[0].warp);
   };
   const auto load_states = [&](int from_slot, bool zeros) {
 #pragma unroll
@@ -294,13 +319,13 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
   const auto write_all = [&](int chunk) {
     if (is_box(chunk)) {
       if (thread == 0) {
-        tensor_store(&shared.out, maps.out, head(), first_token(chunk));
+        tensor_store(&shared.v, maps.out, head(), first_token(chunk));
         tensor_store_commit();
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kTiles; ++i)
-        write_out(thread, shared.out[i], tokens_left(chunk), segment.wide_out, out_of(chunk) + 64 * i,
+        write_out(thread, shared.v[i], tokens_left(chunk), segment.wide_out, out_of(chunk) + 64 * i,
                   p.out_token_stride);
     }
   };
@@ -311,18 +336,20 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
   int boxes = 0;  // of values so far
   find_place();
   if (thread == 0) load_task(p, blockIdx.x, shared.chain_next);
+  barrier_arrive(kSolvedBarrier, kWholeThreads<V>);
+  barrier_arrive(kFreeBarrier, kWholeThreads<V>);
 #pragma unroll 1
   while (true) {
     find_place();
     if (thread == 0) shared.chain = take_task(p, shared.chain_next);
     barrier_sync(kWarpgroupBarrier, kWarpgroup);
-    if (read_anew(shared.chain.number) >= static_cast<int>(p.num_sequences * p.num_value_heads)) break;
+    if (is_behind_last(p, sequence())) break;
     if (tokens_left(0) > 0 && slot() < 0) {
-      const int lane = thread % kWarp;
+      const int lane = x[0].lane;
 #pragma unroll 1
       for (int token = lane / 2; token < tokens_left(0); token += kWarp / 2) {
         for (int i = 0; i < kTiles; ++i)
-          store_octet(out_of(0) + token * p.out_token_stride + 64 * i + thread / kWarp * 16 + 8 * (lane % 2),
+          store_octet(out_of(0) + token * p.out_token_stride + 64 * i + 16 * x[0].warp + 8 * (lane % 2),
                       make_uint4(0, 0, 0, 0), segment.wide_out);
       }
     }
@@ -335,30 +362,35 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
         find_place();
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) x[i].round_state(1.0f);
-        x[0].share_state();  // with a barrier: the output before is there too, and nobody needs the values any more
+        x[0].share_state();  // with a barrier: the output before is there too
         if (has_output) write_all(chunk - 1);
         if (is_box(chunk)) {
           if (thread == 0) {
+            tensor_store_wait_read();  // the output before, in the place of these values
             mbarrier_arrive_expect_tx(&shared.values, sizeof(shared.v));
             tensor_copy(&shared.v, maps.v, head(), first_token(chunk), &shared.values);
-            tensor_store_wait_read();  // before others write the next output
-            cp_async_wait<0>();        // for prefetch_state()
+            cp_async_wait<0>();  // for prefetch_state()
           }
           mbarrier_wait(&shared.values, boxes & 1);
           ++boxes;
         } else {
+          if (thread == 0) {
+            tensor_store_wait_read();
+            cp_async_wait<0>();
+          }
+          barrier_sync(kWarpgroupBarrier, kWarpgroup);
 #pragma unroll
           for (int i = 0; i < kTiles; ++i)
             copy_values(
                 thread,
                 static_cast<const T*>(p.v) + first_token(chunk) * p.v_token_stride + head() * p.v_head_stride + 64 * i,
                 p.v_token_stride, tokens_left(chunk), segment.wide_inputs, shared.v[i]);
-          if (thread == 0) {
-            tensor_store_wait_read();
-            cp_async_wait<0>();
-          }
         }
         barrier_sync(kFullBarrier, kWholeThreads<V>);
+        make_t(PrepLane(thread), shared.prep, shared.image.image.header.exact != 0, shared.image.image);
+        barrier_arrive(kSolvedBarrier, kWholeThreads<V>);
+        fence_proxy_async();
+        barrier_sync(kWarpgroupBarrier, kWarpgroup);
         // One tile after the other, but for the first product: registers are too few for more.
         bool plain[kTiles] = {}, all_plain = true;
         x[0].start_values(stage_of(0));
@@ -366,7 +398,7 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
         const auto finish = [&](int i) {
           wgmma_results(x[i].s);
           wgmma_results(x[i].out());
-          if (plain[i]) x[i].round_out(p.scale, shared.out[i]);
+          if (plain[i]) x[i].round_out(p.scale, shared.v[i]);
           all_plain &= plain[i];
         };
 #pragma unroll
@@ -403,10 +435,10 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
           for (int i = 0; i < kTiles; ++i) {
             if (!plain[i]) continue;
             done |= 1 << i;
-            const int octet = thread / kWarp * 2 + thread % 2;  // the warp's own
-            for (int token = thread % kWarp / 2; token < min(tokens_left(chunk), kChunk); token += kWarp / 2)
+            const int octet = 2 * x[0].warp + x[0].lane % 2;  // the warp's own
+            for (int token = x[0].lane / 2; token < min(tokens_left(chunk), kChunk); token += kWarp / 2)
               store_octet(out_of(chunk) + token * p.out_token_stride + 64 * i + 8 * octet,
-                          (&shared.out[i].octets[0][0])[SwizzledRows::place(token, octet)], segment.wide_out);
+                          (&shared.v[i].octets[0][0])[SwizzledRows::place(token, octet)], segment.wide_out);
           }
           // One tile after the other, the others' states, which are fp32 there too, in the slot meanwhile: registers
           // are too few for all this.
@@ -416,7 +448,7 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
             ChainTask of_tile;
             of_tile.sequence = sequence();
             of_tile.head = head();
-            of_tile.first_value = 64 * i + thread / kWarp * 16;
+            of_tile.first_value = 64 * i + 16 * x[0].warp;
             of_tile.begin = first_token(0);
             of_tile.length = tokens_left(0);
             WholeStage<K> stage = stage_of(i);
@@ -467,8 +499,8 @@ __device__ __forceinline__ void run_whole(const KdaPrefillParams& p, const Segme
   }
 }
 
-// SASS: tensor cores, 16-byte loads, stack 80 (of the second half, which waits for the first: addresses, read once a
-// chunk; registers are full)
+// SASS: tensor cores, 16-byte loads, stack 32 (of the second half, which waits for the first: addresses, read a few
+// times a chunk; registers are full)
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kWholeThreads<V>, 1)
     kda_whole_sm90_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment,
