@@ -5,11 +5,11 @@
 // they would write to four lines, and each takes the data path of the L1 cache for a cycle.) T and A_qk come two
 // elements a lane, and are in matrices of 8 x 8, 128 bytes in a row.
 //
-// Order of channels. Lane t of four has columns 8 i + 2 t, + 1 of the state's accumulators. If those are the channels of
-// the same numbers, it has two in a row: 8 bytes of a state in memory. With kFours they are channels 16 (i / 2) + 4 t +
-// 2 (i % 2), + 1, so that of two neighbouring i a lane has four in a row. What a lane of the first kernel has is then one
-// half of two octets of columns, and a warp stores twice 8 bytes a lane: that costs nothing in shared memory, but more
-// in memory.
+// Order of channels. Lane t of four has columns 8 i + 2 t, + 1 of the state's accumulators. If those are the channels
+// of the same numbers, it has two in a row: 8 bytes of a state in memory. With kFours they are channels 16 (i / 2) + 4
+// t + 2 (i % 2), + 1, so that of two neighbouring i a lane has four in a row. What a lane of the first kernel has is
+// then one half of two octets of columns, and a warp stores twice 8 bytes a lane: that costs nothing in shared memory,
+// but more in memory.
 #pragma once
 
 #include "cuda/kda_prefill/image.cuh"
@@ -81,7 +81,8 @@ struct alignas(128) ChunkImageSm90 {
     factors.t[2 * pair + 1][group][lane] = high;
   }
   __device__ __forceinline__ void store_decay(int channel, float decay) {
-    header.decay[kFours ? channel : channel / 16 * 16 + channel / 2 % 4 * 4 + channel / 8 % 2 * 2 + channel % 2] = decay;
+    header.decay[kFours ? channel : channel / 16 * 16 + channel / 2 % 4 * 4 + channel / 8 % 2 * 2 + channel % 2] =
+        decay;
   }
   __device__ __forceinline__ void store_header(bool exact) {
     header.exact = exact;

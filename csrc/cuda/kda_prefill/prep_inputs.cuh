@@ -79,9 +79,9 @@ struct PrepInputs {
   static constexpr int kChannels = K / kWarp;
   // As they are in memory: to convert anything here would be to wait for it.
   uint32_t gates[kGroup][kOnlyT ? kChannels / 2 : kChannels];  // words; half of them for a 16-bit dtype
-  Vec<float, kChannels> bias;  // dt_bias, or times log2(e)
-  float rate;                  // A_log, or gate_rate() of it
-  uint16_t beta_words[2];  // the upper half, and the lower one of an fp32 beta
+  Vec<float, kChannels> bias;                                  // dt_bias, or times log2(e)
+  float rate;                                                  // A_log, or gate_rate() of it
+  uint16_t beta_words[2];                                      // the upper half, and the lower one of an fp32 beta
 
   __device__ __forceinline__ float beta(DType dtype) const {
     if (dtype == DType::kF32) return __uint_as_float(uint32_t{beta_words[0]} << 16 | beta_words[1]);
