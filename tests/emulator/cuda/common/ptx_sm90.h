@@ -120,7 +120,8 @@ void wgmma_m64n128k16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, boo
 
 inline void fence_proxy_async() {}
 
-inline void stmatrix_x4(void* shared_row, const uint32_t (&r)[4]) {
+template <bool kTranspose>
+void store_matrices(void* shared_row, const uint32_t (&r)[4]) {
   if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0)
     emulator::fail("stmatrix to an address that is not a multiple of 16");
   struct Lane {
@@ -128,32 +129,24 @@ inline void stmatrix_x4(void* shared_row, const uint32_t (&r)[4]) {
     const uint32_t* r;
   } x{shared_row, r};
   emulator::warp_collective(&x, [](void* const* lanes) {
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int matrix = 0; matrix < 4; ++matrix)
-        std::memcpy(static_cast<char*>(static_cast<Lane*>(lanes[8 * matrix + lane / 4])->row) + 4 * (lane % 4),
-                    &static_cast<Lane*>(lanes[lane])->r[matrix], 4);
-    }
-  });
-}
-inline void stmatrix_x4_trans(void* shared_row, const uint32_t (&r)[4]) {
-  if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0)
-    emulator::fail("stmatrix to an address that is not a multiple of 16");
-  struct Lane {
-    void* row;
-    const uint32_t* r;
-  } x{shared_row, r};
-  emulator::warp_collective(&x, [](void* const* lanes) {
+    const auto row_of = [&](int lane) { return static_cast<char*>(static_cast<Lane*>(lanes[lane])->row); };
     for (int lane = 0; lane < 32; ++lane) {
       for (int matrix = 0; matrix < 4; ++matrix) {
         const uint32_t word = static_cast<Lane*>(lanes[lane])->r[matrix];
         for (int half = 0; half < 2; ++half) {
           const uint16_t element = static_cast<uint16_t>(word >> 16 * half);
-          char* to = static_cast<char*>(static_cast<Lane*>(lanes[8 * matrix + 2 * (lane % 4) + half])->row);
-          std::memcpy(to + 2 * (lane / 4), &element, 2);
+          const int row = lane / 4, column = 2 * (lane % 4) + half;
+          std::memcpy(row_of(8 * matrix + (kTranspose ? column : row)) + 2 * (kTranspose ? row : column), &element, 2);
         }
       }
     }
   });
+}
+inline void stmatrix_x4(void* shared_row, const uint32_t (&r)[4]) {
+  store_matrices<false>(shared_row, r);
+}
+inline void stmatrix_x4_trans(void* shared_row, const uint32_t (&r)[4]) {
+  store_matrices<true>(shared_row, r);
 }
 
 // ---- Registers -----------------------------------------------------------------------------------------------------
