@@ -109,7 +109,7 @@ __device__ __forceinline__ void prepare_chunk(const KdaPrefillParams& p, const S
   if (at.group < kGroups / 2) make_t(at, shared, exact, image);
 }
 
-// SASS: tensor cores, 16-byte loads, stack 8 (one address; registers are full)
+// SASS: tensor cores, 16-byte loads
 template <typename T, int K, typename Image>
 __global__ void __launch_bounds__(kPrepThreads, 2)
     kda_prep_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {
