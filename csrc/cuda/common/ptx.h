@@ -217,6 +217,17 @@ __device__ __forceinline__ uint64_t keep_in_register(uint64_t x) {
   return x;
 }
 
+// p, of which the compiler does not know any more where it leads: what is written there is in memory.
+template <typename T>
+__device__ __forceinline__ T* unknown_pointer(T* p) {
+  asm volatile("" : "+l"(p)::"memory");
+  return p;
+}
+// In a rare branch, for it to stay one: the compiler would select each register that it changes, every time.
+__device__ __forceinline__ void keep_branch() {
+  asm volatile("");
+}
+
 // ---- Barriers (barrier.sync) ---------------------------------------------------------------------------------------
 
 // Waits for `threads` threads (a multiple of 32) of the block at barrier `id`, 1 to 15; 0 is __syncthreads.

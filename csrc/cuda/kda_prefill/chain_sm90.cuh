@@ -220,7 +220,7 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
       if (plain)
         x.write_out(p.scale, stage_anew.v, out, p.out_token_stride, min(task.length - chunk * kChunk, kChunk),
                     segment.wide_out);
-      careful_chunk(x, p, segment, task, stage_anew, chunk, out, plain);
+      careful_chunk_aside<T, K>(x.s, p, segment, task, stage_anew, chunk, out, plain);
       x.start_values(ring.stage());
     }
     x.round_state(1.0f);
@@ -297,7 +297,8 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
   if constexpr (Ring::kCluster > 1) cluster_sync();  // nobody leaves while others copy to it, or arrive at its barriers
 }
 
-// SASS: tensor cores, 16-byte loads, stack 8 (an address that is read behind the last chunk; registers are full)
+// SASS: tensor cores, 16-byte loads, stack 272 (256 for a state in careful_chunk_aside(), which is rare; an address that
+// is read behind the last chunk: registers are full)
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kChainThreadsSm90, 1)
     kda_chain_sm90_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {

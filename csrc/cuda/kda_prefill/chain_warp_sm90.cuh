@@ -222,10 +222,14 @@ struct ChainWarp {
     for (int i = 0; i < 4 * (kGroups / 2); ++i) operand[i / 4][i % 4] = 0;
   }
 
-  // For a warp whose v' is not fit: (4) and (5) change nothing.
+  // For a warp whose v' is not fit, which is rare: (4) and (5) change nothing.
   __device__ __forceinline__ void stay(float (&decay)[K / 16][4]) {
-    clear_operand();
+    clear_operand_rarely();
     for (auto& four : decay) four[0] = four[1] = four[2] = four[3] = 1.0f;
+  }
+  __device__ __forceinline__ void clear_operand_rarely() {
+    keep_branch();
+    clear_operand();
   }
 
   // S *= D, of which a thread needs four elements in each 16 channels.
@@ -424,6 +428,27 @@ __device__ __forceinline__ void careful_chunk(ChainWarp<T, K, kShared>& x, const
     run_tokens<T, K / 32>(TokenReader<T, K / 32>(p, task.head, task.first_value), token, token + count, x.s);
     x.from_token_order();
   }
+}
+
+// The same for a state `s`, by way of memory. In the registers that it has in the usual way the compiler would move it
+// to and fro in each chunk, between those where the products have it and those where careful_chunk() would.
+template <typename T, int K, typename Stage>
+__device__ __forceinline__ void careful_chunk_aside(float (&s)[K / 8][4], const KdaPrefillParams& p,
+                                                    const Segment& segment, const ChainTask& task, Stage& stage,
+                                                    int chunk, T* out_of_chunk, bool done) {
+  using State = float[K / 8][4];
+  State memory;
+  const auto copy = [](const State& from, State& to) {
+#pragma unroll
+    for (int i = 0; i < K / 8 * 4; ++i) to[i / 4][i % 4] = from[i / 4][i % 4];
+  };
+  const auto at = [&]() -> State& { return *unknown_pointer(&memory); };
+  ChainWarp<T, K> x;
+  copy(s, at());
+  copy(at(), x.s);
+  careful_chunk(x, p, segment, task, stage, chunk, out_of_chunk, done);
+  copy(x.s, at());
+  copy(at(), s);
 }
 
 }  // namespace kimi::cuda

@@ -415,7 +415,8 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
           wgmma_results(x[i].values);
           x[i].round_values();
           plain[i] = is_fit(x[i].operand);
-          if (!plain[i]) x[i].clear_operand();
+          if (!plain[i]) [[unlikely]]
+            x[i].clear_operand_rarely();
           x[i].multiply_q(stage_of(i));
           x[i].decay_state(plain[i] ? shared.image.image.header.decay : shared.ones);
           wgmma_results(x[i].operand);

@@ -212,6 +212,11 @@ inline int keep_in_register(int x) {
 inline uint64_t keep_in_register(uint64_t x) {
   return x;
 }
+template <typename T>
+T* unknown_pointer(T* p) {
+  return p;
+}
+inline void keep_branch() {}
 
 inline void barrier_sync(int id, int threads) {
   emulator::block_barrier(id, threads);
