@@ -18,7 +18,7 @@
 #pragma once
 
 #include "cuda/common/shared_memory.h"
-#include "cuda/kda_prefill/chain_warp_sm90.cuh"
+#include "cuda/kda_prefill/careful_sm90.cuh"
 
 namespace kimi::cuda {
 
@@ -37,7 +37,6 @@ struct alignas(512) ChainStageSm90 {  // as the swizzle of the factors wants it
 template <int K>
 struct ChainSharedSm90 {
   ChainStageSm90<K> stages[kChainStages];
-  int has_output[kChainStages];  // whether a stage that is empty has the output in the place of the values
   uint64_t full[kChainStages], empty[kChainStages], written[kChainStages], free[kChainStages];
 };
 
@@ -137,17 +136,16 @@ struct ChainRing {
     for (int i = 0; i < count; ++i, length -= kChunk) {
       mbarrier_wait(&shared.empty[index], parity);
       const auto& rows = shared.stages[index].v;
-      if (wide && length >= kChunk && shared.has_output[index]) {
+      if (wide && length >= kChunk) {
         uint4 words[kChunk / 4];
 #pragma unroll
         for (int n = 0; n < kChunk / 4; ++n) words[n] = rows.octets[4 * n + token][octet];
 #pragma unroll
         for (int n = 0; n < kChunk / 4; ++n, to += step) *reinterpret_cast<uint4*>(to) = words[n];
       } else {
-        const int end = shared.has_output[index] ? length : 0;
 #pragma unroll 1
         for (int n = 0; n < kChunk / 4; ++n, to += step) {
-          if (4 * n + token < end) store_octet(to, rows.octets[4 * n + token][octet], wide);
+          if (4 * n + token < length) store_octet(to, rows.octets[4 * n + token][octet], wide);
         }
       }
       mbarrier_arrive(&shared.written[index]);
@@ -159,38 +157,53 @@ struct ChainRing {
   // The one before, for rare work: the compiler would keep addresses of the usual work in registers for it.
   __device__ __forceinline__ auto& stage_behind_anew() const { return shared.stages[keep_in_register(behind())]; }
   __device__ __forceinline__ void wait() { mbarrier_wait(&shared.full[index], parity); }
-  // The warp is done with the stage before the present one, and its output is there, or not.
-  __device__ __forceinline__ void release_behind(bool has_output) {
-    if (threadIdx.x == 0) shared.has_output[behind()] = has_output;
-    mbarrier_arrive(&shared.empty[behind()]);
-  }
+  // The warp is done with the stage before the present one, and its output is there.
+  __device__ __forceinline__ void release_behind() { mbarrier_arrive(&shared.empty[behind()]); }
   __device__ __forceinline__ int behind() const { return index == 0 ? kChainStages - 1 : index - 1; }
   __device__ __forceinline__ void advance() {
     if (++index == kChainStages) index = 0, parity ^= 1;
   }
 };
 
+// What the block has to do, and this warp of it. Who wants to know it once in a while asks again: registers are few.
+template <int V>
+__device__ __forceinline__ ChainTask find_task(const KdaPrefillParams& p, const Segment& segment) {
+  constexpr int kCluster = V / 64;
+  const int slice = static_cast<int>(blockIdx.x) % kCluster, warp = static_cast<int>(threadIdx.x) / kWarp;
+  ChainTask task;
+  task.sequence = static_cast<int>(blockIdx.x) / kCluster;
+  task.head = static_cast<int>(blockIdx.y);
+  task.first_value = (4 * slice + warp) * 16;
+  task.begin = p.cu_seqlens[task.sequence];
+  task.length = static_cast<int>(p.cu_seqlens[task.sequence + 1] - task.begin);
+  task.first_of_sequence = first_chunk(p.cu_seqlens, task.sequence);
+  task.first = max(segment.first - task.first_of_sequence, 0);
+  task.last = min(segment.first + segment.count - task.first_of_sequence, ceil_div(task.length, kChunk));
+  task.slot = p.slots[task.sequence];
+  return task;
+}
+
 // Phase 3 of a warp of the warpgroup: the state, through the chunks.
 template <typename T, int K, int V>
 __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segment& segment, const ChainTask& task,
-                                           ChainRing<T, K, V>& ring, int slot) {
+                                           ChainRing<T, K, V>& ring) {
   constexpr int kEarlyDecays = K / 64;  // groups of them that come before v' is there: no more registers are free
-  const auto rows_of = [&](int of_slot) {
-    return state_rows(p, segment.wide_state, of_slot, task.head, task.first_value);
+  const auto rows_of = [&](int slot) {
+    const ChainTask anew = find_task<V>(p, segment);
+    return state_rows(p, segment.wide_state, slot, anew.head, anew.first_value);
   };
   ChainWarp<T, K> x;
-  T* out = static_cast<T*>(p.out) + (task.begin + static_cast<int64_t>(task.first) * kChunk) * p.out_token_stride +
-           task.head * p.out_head_stride + task.first_value;  // of the chunk
-  x.load(rows_of(slot), task.first == 0 && p.has_initial_state && !p.has_initial_state[task.sequence]);
-  x.round_state(1.0f);
+  x.load(rows_of(task.slot), task.first == 0 && p.has_initial_state && !p.has_initial_state[task.sequence]);
+  x.round_state();
   ring.wait();
   x.start_values(ring.stage());
   x.multiply_k(ring.stage());
   wgmma_wait<0>();
   wgmma_results(x.values);
 
+  const int last = task.last, num_snapshots = min(static_cast<int>(p.num_snapshots), task.length / kChunk);
 #pragma unroll 1
-  for (int chunk = task.first; chunk < task.last; ++chunk, out += kChunk * p.out_token_stride) {
+  for (int chunk = task.first; chunk < last; ++chunk) {
     auto& stage = ring.stage();
     x.round_values();
     x.multiply_t(stage);
@@ -207,30 +220,25 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
     wgmma_results(x.operand);
     x.multiply_kg(stage);
     x.multiply_a_qk(stage);
-    const bool all_plain = !barrier_or(kWarpgroupBarrier, kWarpgroup, !plain);
     ring.advance();
-    if (chunk + 1 < task.last) ring.wait();
+    if (chunk + 1 < last) ring.wait();
     x.start_values(ring.stage());  // behind the last chunk nobody wants them, nor the product below
     wgmma_wait<1>();
     wgmma_results(x.s);
-    if (!all_plain) [[unlikely]] {
+    if (!plain) [[unlikely]] {
       wgmma_wait<0>();
       wgmma_results(x.out());
-      auto& stage_anew = ring.stage_behind_anew();
-      if (plain)
-        x.write_out(p.scale, stage_anew.v, out, p.out_token_stride, min(task.length - chunk * kChunk, kChunk),
-                    segment.wide_out);
-      careful_chunk_aside<T, K>(x.s, p, segment, task, stage_anew, chunk, out, plain);
+      careful_chunk(p, segment, find_task<V>(p, segment), ring.stage_behind_anew(), chunk, threadIdx.x, x);
       x.start_values(ring.stage());
     }
-    x.round_state(1.0f);
+    x.round_state();
     x.multiply_k(ring.stage());
     wgmma_wait<1>();
     wgmma_results(x.out());
-    if (all_plain) x.round_out(p.scale, stage.v);
-    ring.release_behind(all_plain);
-    if (chunk < p.num_snapshots && task.length - chunk * kChunk >= kChunk) [[unlikely]] {
-      const int to = p.snapshot_slots[task.sequence * p.num_snapshots + chunk];
+    if (plain) x.round_out(p.scale, stage.v);
+    ring.release_behind();
+    if (chunk < num_snapshots) [[unlikely]] {
+      const int to = p.snapshot_slots[find_task<V>(p, segment).sequence * p.num_snapshots + chunk];
       if (to >= 0) x.store(rows_of(to));
     }
     wgmma_wait<0>();
@@ -238,7 +246,7 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
   }
 
   // Phase 4: the state, for the next segment or the caller.
-  x.store(rows_of(slot));
+  x.store(rows_of(find_task<V>(p, segment).slot));
 }
 
 template <typename T, int K, int V>
@@ -250,21 +258,12 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
 
   // Phase 1: which of the sequence's chunks are in this segment. What the kernels in front write is not read yet.
   Ring ring(shared);
-  ChainTask task;
-  task.sequence = static_cast<int>(blockIdx.x) / Ring::kCluster;
-  task.head = static_cast<int>(blockIdx.y);
-  task.first_value = (4 * slice + warp) * 16;
-  task.begin = p.cu_seqlens[task.sequence];
-  task.length = static_cast<int>(p.cu_seqlens[task.sequence + 1] - task.begin);
-  task.first_of_sequence = first_chunk(p.cu_seqlens, task.sequence);
-  task.first = max(segment.first - task.first_of_sequence, 0);
-  task.last = min(segment.first + segment.count - task.first_of_sequence, ceil_div(task.length, kChunk));
-  const int slot = p.slots[task.sequence];
+  const ChainTask task = find_task<V>(p, segment);
   grid_dependency_wait();
   grid_launch_dependents();
   if (task.length <= 0 || task.first >= task.last) return;
   constexpr int kCopies = kWarpgroup / kWarp;  // the warp that copies in; the next one copies out
-  if (slot < 0) {
+  if (task.slot < 0) {
     if (warp >= kCopies) return;
     T* const out =
         static_cast<T*>(p.out) + task.begin * p.out_token_stride + task.head * p.out_head_stride + task.first_value;
@@ -292,13 +291,12 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
         static_cast<T*>(p.out) + first_token * p.out_token_stride + task.head * p.out_head_stride + 64 * slice;
     ring.write_all(count, out, p.out_token_stride, length, segment.wide_out);
   } else {
-    run_chunks<T, K, V>(p, segment, task, ring, slot);
+    run_chunks<T, K, V>(p, segment, task, ring);
   }
   if constexpr (Ring::kCluster > 1) cluster_sync();  // nobody leaves while others copy to it, or arrive at its barriers
 }
 
-// SASS: tensor cores, 16-byte loads, stack 272 (256 for a state in careful_chunk_aside(), which is rare; an address that
-// is read behind the last chunk: registers are full)
+// SASS: tensor cores, 16-byte loads, stack 256 (the state in careful_chunk(), which is rare)
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kChainThreadsSm90, 1)
     kda_chain_sm90_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment) {

@@ -7,9 +7,8 @@
 //   (1) x^T = v^T - S k^T   (2) v'^T = x^T T^T   (3) o^T = S q^T   (4) S = S D + v'^T kg   (5) o^T += v'^T A_qk^T
 //
 // Range: chain_common.cuh. A warp whose v' is not fit takes part in (4) and (5) with v' = 0 and a state that is not
-// decayed, so nothing changes for it; at the end of the chunk the warpgroup learns of it, and careful_chunk() does the
-// chunk again for such warps. The products there are the same, in the same order. (0 times kg must be 0 for that: kg is
-// finite also where nothing else of an image is valid.)
+// decayed, so nothing changes for it; then it does the chunk again, alone (careful_sm90.cuh). (0 times kg must be 0 for
+// that: kg is finite also where nothing else of an image is valid.)
 #pragma once
 
 #include "cuda/common/ptx_sm90.h"
@@ -102,14 +101,14 @@ struct ChainWarp {
     }
   }
 
-  // state <- S * factor; with kShared it is there only behind share_state().
-  __device__ __forceinline__ void round_state(float factor) {
+  // state <- S; with kShared it is there only behind share_state().
+  __device__ __forceinline__ void round_state() {
 #pragma unroll
     for (int x = 0; x < K / 16; ++x) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float (&from)[4] = s[2 * x + i / 2];
-        state[kShared ? 0 : x][i] = pack2<Fp16>(from[2 * (i % 2)] * factor, from[2 * (i % 2) + 1] * factor);
+        state[kShared ? 0 : x][i] = pack2<Fp16>(from[2 * (i % 2)], from[2 * (i % 2) + 1]);
       }
       if constexpr (kShared) stmatrix_x4(&shared_state->octets[2 * x + lane / 16][16 * warp + lane % 16], state[0]);
     }
@@ -183,10 +182,10 @@ struct ChainWarp {
     wgmma_commit();
   }
 
-  // (3): out <- S q^T
+  // (3): out <- S q^T. Without kShared behind (2), whose fence serves for both: another one would wait for (2).
   __device__ __forceinline__ void multiply_q(const auto& stage) {
     const uint64_t q = anew(wgmma_descriptor_swizzle_64(stage.factors.q, 0, 16 * K)), left = left_state();
-    wgmma_fence();
+    if constexpr (kShared) wgmma_fence();
 #pragma unroll
     for (int x = 0; x < K / 16; ++x) wgmma_m64n64k16<false>(out(), sixteen_of(left, x), q + sixteen_channels(x), x > 0);
     wgmma_commit();
@@ -275,18 +274,6 @@ struct ChainWarp {
     }
     __syncwarp();
   }
-  // The same to memory: the chunk's first `count` tokens, `to` being the first, at the warp's values.
-  __device__ __forceinline__ void write_out(float factor, Rows& rows, T* to, int64_t token_stride, int count,
-                                            bool wide) {
-    round_out(factor, rows);
-#pragma unroll 1
-    for (int token = lane / 2; token < count; token += kWarp / 2) {
-      const int octet = lane % 2;
-      store_octet(to + token * token_stride + 8 * octet, (&rows.octets[0][0])[Rows::place(token, 2 * warp + octet)],
-                  wide);
-    }
-    __syncwarp();
-  }
 
   // S from the pool, or zeros.
   __device__ __forceinline__ void load(const StateRows& rows, bool zeros) {
@@ -357,98 +344,5 @@ struct ChainWarp {
     swap_bits<K>(s, 2, 2);
   }
 };
-
-// A block's place in the work.
-struct ChainTask {
-  int sequence, head, first_value;  // of the warp
-  int64_t begin;                    // the sequence's first token
-  int length, first_of_sequence;    // tokens, and its first chunk's number
-  int first, last;                  // chunks of the sequence that are in the segment: [first, last)
-};
-
-// A chunk whose v' some warp of the warpgroup found not fit, or that goes token by token, for the warps that have not
-// done it yet; their output is written.
-template <typename T, int K, bool kShared, typename Stage>
-__device__ __forceinline__ void careful_chunk(ChainWarp<T, K, kShared>& x, const KdaPrefillParams& p,
-                                              const Segment& segment, const ChainTask& task, Stage& stage, int chunk,
-                                              T* out_of_chunk, bool done) {
-  const int count = min(task.length - chunk * kChunk, kChunk);
-  ChunkUnits units(stage.header.exact != 0);
-  if (!units.exact) {  // the same for the whole block
-    bool again;
-    do {
-      const bool idle = units.exact || done;
-      const float factor = idle ? 0.0f : power_of_two(-units.unit);
-      x.round_state(factor);
-      x.share_state();
-      x.start_values(stage);
-#pragma unroll
-      for (int i = 0; i < 4 * kGroups; ++i) x.values[i / 4][i % 4] *= factor;
-      x.multiply_k(stage);
-      wgmma_wait<0>();
-      wgmma_results(x.values);
-      x.round_values();
-      x.multiply_t(stage);
-      wgmma_wait<0>();
-      wgmma_results(x.values);
-      x.round_values();
-      const Magnitude magnitude = magnitude_of(x.operand);
-      const auto value_units = [&] {
-        return choose_value_units<T>(
-            [&](int token, int i) { return (&stage.v.octets[0][0])[x.place(token, 2 * x.warp + i)]; });
-      };
-      again = !idle && !units.template accept<K>(magnitude, x.s, value_units) && !units.exact;
-    } while (barrier_or(kWarpgroupBarrier, kWarpgroup, again));
-
-    // The products are the warpgroup's. To a warp that does not want them v' is 0, and its state stays as it is.
-    const bool idle = units.exact || done;
-    if (idle) {
-      x.clear_operand();
-    } else {
-      scale_state<K>(x.s, power_of_two(-units.unit));
-      float decay[K / 16][4];
-      x.template load_decay<0, K / 16>(stage.header.decay, decay);
-      x.decay_state(decay);
-    }
-    x.multiply_q(stage);
-    x.multiply_kg(stage);
-    x.multiply_a_qk(stage);
-    wgmma_wait<0>();
-    wgmma_results(x.s);
-    wgmma_results(x.out());
-    if (!idle) {
-      scale_state<K>(x.s, power_of_two(units.unit));
-      x.write_out(p.scale * power_of_two(units.unit), stage.v, out_of_chunk, p.out_token_stride, count,
-                  segment.wide_out);
-    }
-  }
-  if (units.exact && !done) {
-    const int64_t token = task.begin + static_cast<int64_t>(chunk) * kChunk;
-    x.to_token_order();
-    run_tokens<T, K / 32>(TokenReader<T, K / 32>(p, task.head, task.first_value), token, token + count, x.s);
-    x.from_token_order();
-  }
-}
-
-// The same for a state `s`, by way of memory. In the registers that it has in the usual way the compiler would move it
-// to and fro in each chunk, between those where the products have it and those where careful_chunk() would.
-template <typename T, int K, typename Stage>
-__device__ __forceinline__ void careful_chunk_aside(float (&s)[K / 8][4], const KdaPrefillParams& p,
-                                                    const Segment& segment, const ChainTask& task, Stage& stage,
-                                                    int chunk, T* out_of_chunk, bool done) {
-  using State = float[K / 8][4];
-  State memory;
-  const auto copy = [](const State& from, State& to) {
-#pragma unroll
-    for (int i = 0; i < K / 8 * 4; ++i) to[i / 4][i % 4] = from[i / 4][i % 4];
-  };
-  const auto at = [&]() -> State& { return *unknown_pointer(&memory); };
-  ChainWarp<T, K> x;
-  copy(s, at());
-  copy(at(), x.s);
-  careful_chunk(x, p, segment, task, stage, chunk, out_of_chunk, done);
-  copy(x.s, at());
-  copy(at(), s);
-}
 
 }  // namespace kimi::cuda

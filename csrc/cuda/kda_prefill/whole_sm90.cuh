@@ -14,7 +14,7 @@
 // Bytes: 80 KB a chunk at K = V = 128, instead of 212 with images in memory. Time: the first half's.
 #pragma once
 
-#include "cuda/kda_prefill/chain_warp_sm90.cuh"
+#include "cuda/kda_prefill/careful_sm90.cuh"
 #include "cuda/kda_prefill/prep.cuh"
 
 namespace kimi::cuda {
@@ -355,15 +355,14 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
     }
     if (tokens_left(0) > 0 && slot() >= 0) {
       load_states(slot(), p.has_initial_state && !p.has_initial_state[sequence()]);
-      bool has_output = false;  // of the chunk before, in shared memory
       int chunk = 0;
 #pragma unroll 1
       for (; tokens_left(chunk) > 0; ++chunk) {
         find_place();
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) x[i].round_state(1.0f);
+        for (int i = 0; i < kTiles; ++i) x[i].round_state();
         x[0].share_state();  // with a barrier: the output before is there too
-        if (has_output) write_all(chunk - 1);
+        if (chunk > 0) write_all(chunk - 1);
         if (is_box(chunk)) {
           if (thread == 0) {
             tensor_store_wait_read();  // the output before, in the place of these values
@@ -392,14 +391,13 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
         fence_proxy_async();
         barrier_sync(kWarpgroupBarrier, kWarpgroup);
         // One tile after the other, but for the first product: registers are too few for more.
-        bool plain[kTiles] = {}, all_plain = true;
+        bool plain[kTiles] = {};
         x[0].start_values(stage_of(0));
         x[0].multiply_k(stage_of(0));
         const auto finish = [&](int i) {
           wgmma_results(x[i].s);
           wgmma_results(x[i].out());
           if (plain[i]) x[i].round_out(p.scale, shared.v[i]);
-          all_plain &= plain[i];
         };
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
@@ -429,23 +427,9 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
         }
         wgmma_wait<0>();
         finish(kTiles - 1);
-        has_output = !barrier_or(kWarpgroupBarrier, kWarpgroup, !all_plain);
-        if (!has_output) [[unlikely]] {
-          unsigned done = 0;
 #pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
-            if (!plain[i]) continue;
-            done |= 1 << i;
-            const int octet = 2 * x[0].warp + x[0].lane % 2;  // the warp's own
-            for (int token = x[0].lane / 2; token < min(tokens_left(chunk), kChunk); token += kWarp / 2)
-              store_octet(out_of(chunk) + token * p.out_token_stride + 64 * i + 8 * octet,
-                          (&shared.v[i].octets[0][0])[SwizzledRows::place(token, octet)], segment.wide_out);
-          }
-          // One tile after the other, the others' states, which are fp32 there too, in the slot meanwhile: registers
-          // are too few for all this.
-          store_states(slot());
-#pragma unroll 1
-          for (int i = 0; i < kTiles; ++i) {
+        for (int i = 0; i < kTiles; ++i) {
+          if (!plain[i]) [[unlikely]] {
             ChainTask of_tile;
             of_tile.sequence = sequence();
             of_tile.head = head();
@@ -453,16 +437,10 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
             of_tile.begin = first_token(0);
             of_tile.length = tokens_left(0);
             WholeStage<K> stage = stage_of(i);
-            ChainWarp<T, K, true> tile;
-            tile.shared_state = &shared.state[i];
-            tile.find_place(thread);
-            tile.load(rows_of(slot(), i), false);
-            careful_chunk(tile, p, segment, of_tile, stage, chunk, out_of(chunk) + of_tile.first_value,
-                          (done >> i & 1) != 0);
-            tile.store(rows_of(slot(), i));
+            careful_chunk(p, segment, of_tile, stage, chunk, thread, x[i]);
           }
-          load_states(slot(), false);
         }
+        barrier_sync(kWarpgroupBarrier, kWarpgroup);  // nobody reads the states of this chunk any more
         barrier_arrive(kFreeBarrier, kWholeThreads<V>);
         if (tokens_left(chunk) <= kChunk) prefetch_state<K, V>(p, thread, shared.chain_next);
         if (chunk < p.num_snapshots && tokens_left(chunk) >= kChunk) [[unlikely]] {
@@ -472,7 +450,7 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
       }
       store_states(slot());
       x[0].share_state();
-      if (has_output) write_all(chunk - 1);
+      write_all(chunk - 1);
     }
     barrier_sync(kWarpgroupBarrier, kWarpgroup);  // nobody reads what the task is any more
   }
@@ -500,8 +478,8 @@ __device__ __forceinline__ void run_whole(const KdaPrefillParams& p, const Segme
   }
 }
 
-// SASS: tensor cores, 16-byte loads, stack 32 (of the second half, which waits for the first: addresses, read a few
-// times a chunk; registers are full)
+// SASS: tensor cores, 16-byte loads, stack 272 (256: the state in careful_chunk(), which is rare; of the second half,
+// which waits for the first, two numbers that are read a few times a chunk: registers are full)
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kWholeThreads<V>, 1)
     kda_whole_sm90_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment,
