@@ -17,6 +17,7 @@ import bench_report  # noqa: E402
 import devices  # noqa: E402
 import harness  # noqa: E402
 import kda_accuracy  # noqa: E402
+import kda_gates  # noqa: E402
 import kda_inputs  # noqa: E402
 import peers  # noqa: E402
 import run  # noqa: E402
@@ -213,6 +214,34 @@ def test_errors_of_kda_prefill_are_judged(scale, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("ours") == len(records)
 
 
+def test_gates_of_all_kinds_are_timed(monkeypatch, tmp_path, capsys):
+    """Five per cent for a kind of gate are allowed, however long unusual values take; other gates are other inputs."""
+    for slowest_gate, unusual, code in ((1.04, 1.0, 0), (1.04, 9.0, 0), (1.06, 1.0, 1)):
+        ratios, gates, right = iter(2 * [1.0, 1.0, slowest_gate, 0.5, unusual, 1.0]), [], kda_gates.kda_prefill
+
+        def measure(device, functions, effort, ratios=ratios):
+            functions[""]()
+            return {"": devices.Samples(seconds=[1e-4 * next(ratios)])}
+
+        def prefill(q, k, v, g, *args, gates=gates, right=right, **options):
+            gates.append(g.float())
+            return right(q, k, v, g, *args, **options)
+
+        monkeypatch.setattr(devices.Cpu, "measure", measure)
+        monkeypatch.setattr(kda_gates, "kda_prefill", prefill)
+        path = tmp_path / "gates.json"
+        monkeypatch.setattr(
+            sys, "argv", ["kda_gates.py", "--device", "cpu", "--heads", "2", "--lengths", "70", "50x2", "--json", str(path)]
+        )
+        assert kda_gates.main() == code
+        records = [r for r in json.loads(path.read_text()) if r["record"] == "time"]
+        assert [r["lengths"] for r in records] == 6 * ["T=70"] + 6 * ["2x50"]
+        assert [r["us"] for r in records[:6]] == [round(100 * r, 1) for r in (1.0, 1.0, slowest_gate, 0.5, unusual, 1.0)]
+        usual, slow, fast, mixed = gates[:4]
+        assert slow.max() < usual.min() < usual.max() < fast.min() and set(mixed.unique().tolist()) == {-8.0, 40.0}
+    capsys.readouterr()
+
+
 ERRORS = sorted((ROOT / "bench" / "results" / "accuracy").glob("*.json"))
 
 
@@ -224,3 +253,15 @@ def test_recorded_errors_are_what_is_promised(path):
     assert {r["tokens"] for r in ours} == {512, 8192, 131072}
     for r in ours:
         assert r["output"] <= kda_accuracy.MAX_OUTPUT and r["state"] <= kda_accuracy.MAX_STATE
+
+
+TIMES = sorted((ROOT / "bench" / "results" / "gates").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", TIMES, ids=lambda path: path.stem)
+def test_recorded_times_do_not_depend_on_gates(path):
+    head, *records = json.loads(path.read_text())
+    assert {"date", "commit", "command", "versions", "machine"} <= head.keys()
+    for lengths in {r["lengths"] for r in records}:
+        us = {r["inputs"]: r["us"] for r in records if r["lengths"] == lengths}
+        assert max(us[kind] for kind in ("slow", "fast", "slow and fast")) <= kda_gates.MAX_RATIO * us[kda_gates.AS_INITIALISED]
