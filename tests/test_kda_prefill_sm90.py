@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import test_kda_prefill
 import torch
-from kit import DEVICES, assert_same_bits, hopper_kernels, needs_gpu
+from kit import DEVICES, SANITIZER, assert_same_bits, hopper_kernels, needs_gpu
 from test_kda_prefill import (  # noqa: F401
     HALF_DTYPES,
     check_against_spec,
@@ -41,11 +41,18 @@ from kimi_native.ops import kda_prefill
 pytestmark = hopper_kernels
 
 
+def on_zeros(prefill, **args):
+    """The call, its output written to zeros unless the caller has a place for it."""
+    return prefill(**{"out": torch.zeros(args["v"].shape, dtype=args["v"].dtype, device=args["v"].device)} | args)
+
+
 @pytest.fixture(autouse=True, params=["two", "one"])
 def kernels(request, monkeypatch):
     """How many kernels a call with an fp32 state and gates of the inputs' dtype takes."""
     if request.param == "one":  # sequences of one token, if that were true: no block would have more to do than others
         one = functools.partial(kda_prefill, max_seqlen=1)
+        if SANITIZER:  # initcheck does not see what the copy engine stores
+            one = functools.partial(on_zeros, one)
         monkeypatch.setattr(test_kda_prefill, "kda_prefill", one)
         monkeypatch.setitem(globals(), "kda_prefill", one)
     return request.param
