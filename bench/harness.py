@@ -284,8 +284,18 @@ def write_json(path: Path, kept: list[Record], head: Record, records: Iterable[R
     if fresh:
         headers.append({"record": "header", "run": run, **head})
     results.sort(key=lambda r: (r["op"], r["run"]))  # stable: peers stay behind their case
+    _write_list(path, headers + results)
+
+
+def write_found(asked: Path, name: str, device: Device, records: list[Record]) -> None:
+    """What a program of its own found, behind one header: to `asked`, or if that is no file, to `name`'s for the device."""
+    path = asked if asked.name else RESULTS / f"{name}_{device.results}.json"
+    _write_list(path, [{"record": "header", **origin(device)}, *records])
+
+
+def _write_list(path: Path, records: list[Record]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(r) for r in headers + results) + "\n]\n")
+    path.write_text("[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n")
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

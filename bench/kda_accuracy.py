@@ -11,21 +11,19 @@ r = |out - ref| / |ref| of the output and of the last state, ours and fla's. Exi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import peers
 import torch
-from harness import DEVICES, default_device, origin
+from harness import DEVICES, default_device, write_found
 from kda_inputs import Inputs, recurrence
 from shapes import DIM
 from torch import Tensor
 
 from kimi_native.ops import kda_prefill
 
-RESULTS = Path(__file__).parent / "results" / "accuracy"
 MAX_OUTPUT, MAX_STATE = 2.5e-3, 1e-3
 Way = Callable[[Inputs, int], tuple[Tensor, Tensor]]  # the first so many tokens -> output [T, H, V], last state [H, V, K]
 
@@ -124,10 +122,7 @@ def main() -> int:
                 right &= name != "ours" or (output <= MAX_OUTPUT and of_state <= MAX_STATE)  # NaN fails
                 print(f"{length:8,} tokens, |log-decay| {kind:22} {keys:12} {name:6} {output:.2e} / {of_state:.2e}", flush=True)
     if args.json is not None:
-        described = DEVICES[device]()
-        path = args.json if args.json.name else RESULTS / f"kda_prefill_{described.results}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[\n" + ",\n".join(json.dumps(r) for r in [{"record": "header", **origin(described)}, *records]) + "\n]\n")
+        write_found(args.json, "accuracy/kda_prefill", DEVICES[device](), records)
     return 0 if right else 1
 
 

@@ -12,19 +12,17 @@ have no limit.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from harness import DEVICES, Call, Effort, default_device, origin
+from harness import DEVICES, Call, Effort, default_device, write_found
 from kda_inputs import Inputs, inputs
 from shapes import DIM, HEADS, name_of_lengths, packed
 
 from kimi_native.ops import kda_prefill
 
-RESULTS = Path(__file__).parent / "results" / "gates"
 MAX_RATIO = 1.05
 AS_INITIALISED = "as initialised"
 CHUNK = 64  # tokens
@@ -88,9 +86,7 @@ def main() -> int:
             records.append({"record": "time", "lengths": name_of_lengths(lengths), "inputs": name, "us": round(us, 1)})
             print(f"{name_of_lengths(lengths):12} {name:36} {us:10.1f} us {us / usual:6.2f}", flush=True)
     if args.json is not None:
-        path = args.json if args.json.name else RESULTS / f"kda_prefill_{device.results}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[\n" + ",\n".join(json.dumps(r) for r in [{"record": "header", **origin(device)}, *records]) + "\n]\n")
+        write_found(args.json, "gates/kda_prefill", device, records)
     return 0 if even else 1
 
 

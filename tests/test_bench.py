@@ -224,7 +224,7 @@ def test_gates_of_all_kinds_are_timed(monkeypatch, tmp_path, capsys):
             return {"": devices.Samples(seconds=[1e-4 * next(ratios)])}
 
         def prefill(q, k, v, g, *args, gates=gates, right=right, **options):
-            gates.append(g.float())
+            gates.append((g.float(), v.float().abs().mean(dim=(1, 2))))
             return right(q, k, v, g, *args, **options)
 
         monkeypatch.setattr(devices.Cpu, "measure", measure)
@@ -237,8 +237,9 @@ def test_gates_of_all_kinds_are_timed(monkeypatch, tmp_path, capsys):
         records = [r for r in json.loads(path.read_text()) if r["record"] == "time"]
         assert [r["lengths"] for r in records] == 6 * ["T=70"] + 6 * ["2x50"]
         assert [r["us"] for r in records[:6]] == [round(100 * r, 1) for r in (1.0, 1.0, slowest_gate, 0.5, unusual, 1.0)]
-        usual, slow, fast, mixed = gates[:4]
+        usual, slow, fast, mixed = (g for g, _ in gates[:4])
         assert slow.max() < usual.min() < usual.max() < fast.min() and set(mixed.unique().tolist()) == {-8.0, 40.0}
+        assert all(torch.equal(g, usual) for g, _ in gates[4:6]) and gates[4][1].max() < 1e-5 < 0.1 < gates[0][1].min()
     capsys.readouterr()
 
 
