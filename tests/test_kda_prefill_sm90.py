@@ -9,12 +9,15 @@ import subprocess
 import pytest
 import test_kda_prefill
 import torch
-from kit import DEVICES, SANITIZER, assert_same_bits, hopper_kernels, needs_gpu
+from kit import DEVICES, SANITIZER, assert_close, assert_same_bits, hopper_kernels, needs_gpu
 from test_kda_prefill import (  # noqa: F401
     HALF_DTYPES,
+    MAX_R_CHUNKED,
+    MAX_R_STATE_CHUNKED,
     check_against_spec,
     on,
     problem,
+    reference,
     test_a_call_in_several_segments,
     test_correlated_keys_and_large_steps,
     test_fresh_sequences_do_not_read_their_slot,
@@ -62,6 +65,25 @@ def kernels(request, monkeypatch):
 @pytest.mark.parametrize("heads, value_heads, size", [(1, 3, 64), (1, 1, 128), (1, 2, 128)])
 def test_head_shapes(heads, value_heads, size, dtype, device):
     check_against_spec(problem([5, 70, 0, 64], heads, value_heads, size, size, dtype), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [64, 128])
+def test_values_of_many_magnitudes_in_one_head(size, device):
+    """A warp has 16 values of each 64: what it does alone because of them changes nothing for the others, to the bit."""
+    args = problem([150], 1, 1, size, size, torch.bfloat16, regime="remember")
+    factor = torch.tensor([1.0, 1e-6, 1e6, 1.0]).repeat_interleave(16).repeat(size // 64)
+    mixed = args | {"v": args["v"] * factor.to(args["v"].dtype), "state": args["state"] * factor[:, None]}
+    ours, plain = (on(device, a | {"state": a["state"].clone()}) for a in (mixed, args))
+    out, expected = kda_prefill(**ours).cpu(), kda_prefill(**plain).cpu()
+    assert_same_bits(out[..., factor == 1], expected[..., factor == 1])
+    slot = args["slots"].item()
+    assert_same_bits(ours["state"][slot][:, factor == 1], plain["state"][slot][:, factor == 1], "state")
+    ref, ref_state = reference(mixed)
+    for size_of_values in factor.unique():
+        rows = factor == size_of_values
+        assert_close(out[..., rows], ref[..., rows], MAX_R_CHUNKED[torch.bfloat16], f"times {size_of_values:g}")
+        assert_close(ours["state"].cpu()[slot][:, rows], ref_state[slot][:, rows], MAX_R_STATE_CHUNKED, f"state times {size_of_values:g}")
 
 
 def runs(device, **args) -> set[str]:

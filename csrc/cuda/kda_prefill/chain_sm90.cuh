@@ -225,9 +225,7 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
     x.start_values(ring.stage());  // behind the last chunk nobody wants them, nor the product below
     wgmma_wait<1>();
     wgmma_results(x.s);
-    if (!plain) [[unlikely]] {
-      wgmma_wait<0>();
-      wgmma_results(x.out());
+    if (!plain) [[unlikely]] {  // (5) stays under way: waits for wgmma are the warpgroup's
       careful_chunk(p, segment, find_task<V>(p, segment), ring.stage_behind_anew(), chunk, threadIdx.x, x);
       x.start_values(ring.stage());
     }
