@@ -23,13 +23,13 @@ struct ChainTask {
 };
 
 template <int K>
-__device__ __forceinline__ void copy_state(const float (&from)[K / 8][4], float (&to)[K / 8][4]) {
+using WarpState = float[K / 8][4];  // as ChainWarp::s
+
+template <int K>
+__device__ __forceinline__ void copy_state(const WarpState<K>& from, WarpState<K>& to) {
 #pragma unroll
   for (int i = 0; i < K / 8 * 4; ++i) to[i / 4][i % 4] = from[i / 4][i % 4];
 }
-
-template <int K>
-using WarpState = float[K / 8][4];  // as ChainWarp::s
 
 // sum += (S * factor) right^T for k or q of an image.
 template <int K>
