@@ -1,9 +1,9 @@
 """kda_prefill with its kernels for Hopper: the tests of test_kda_prefill.py that reach them, once more in the emulator, which must be
-asked for them; with two kernels, and with one for whole heads, which calls get that say how long their sequences are."""
+asked for them; with two kernels, the second one with 64 values a block or with 16, and with one for whole heads, which calls get that
+say how long their sequences are."""
 
 import ctypes
 import functools
-import os
 import subprocess
 
 import pytest
@@ -49,9 +49,15 @@ def on_zeros(prefill, **args):
     return prefill(**{"out": torch.zeros(args["v"].shape, dtype=args["v"].dtype, device=args["v"].device)} | args)
 
 
-@pytest.fixture(autouse=True, params=["two", "one"])
+# On how many multiprocessors calls of few heads take two kernels, or two with strips of 16 values.
+MULTIPROCESSORS = {"two": 3, "strips": 132}
+
+
+@pytest.fixture(autouse=True, params=["two", "strips", "one"])
 def kernels(request, monkeypatch):
-    """How many kernels a call with an fp32 state and gates of the inputs' dtype takes."""
+    """The kernels of a call with few heads, an fp32 state and gates of the inputs' dtype."""
+    if request.param in MULTIPROCESSORS:
+        monkeypatch.setenv("KIMI_CUDA_MULTIPROCESSORS", str(MULTIPROCESSORS[request.param]))
     if request.param == "one":  # sequences of one token, if that were true: no block would have more to do than others
         one = functools.partial(kda_prefill, max_seqlen=1)
         if SANITIZER:  # initcheck does not see what the copy engine stores
@@ -87,7 +93,7 @@ def test_values_of_many_magnitudes_in_one_head(size, device):
 
 
 def runs(device, **args) -> set[str]:
-    """Which of the kernels of one call there are: "two", "one"."""
+    """Which of the kernels of one call there are: "two", "strips", "one"."""
     if device == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             kda_prefill(**args)
@@ -101,7 +107,7 @@ def runs(device, **args) -> set[str]:
         launched = {f"{offset:016x}" for offset in offsets[: read(offsets, len(offsets))]}
         symbols = subprocess.run(["nm", library], capture_output=True, text=True, check=True).stdout.splitlines()
         kernels = [line for line in symbols if line[:16] in launched]
-    names = {"two": "kda_chain_sm90_kernel", "one": "kda_whole_sm90_kernel"}
+    names = {"two": "kda_chain_sm90_kernel", "strips": "kda_strip_sm90_kernel", "one": "kda_whole_sm90_kernel"}
     return {which for which, name in names.items() if any(name in kernel for kernel in kernels)}
 
 
@@ -112,10 +118,10 @@ def test_the_hopper_kernels_run(kernels, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_which_calls_take_one_kernel(device):
+@pytest.mark.parametrize("kernels", ["two"], indirect=True)
+def test_which_calls_take_one_kernel(kernels, device):
     """Those that say that their sequences are alike, or short beside all, where there are enough for the device."""
-    blocks = torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 3  # the emulator's
-    blocks = int(os.environ.get("KIMI_CUDA_MULTIPROCESSORS", blocks)) if device == "cuda" else blocks
+    blocks = MULTIPROCESSORS[kernels]
 
     def which(lengths, **change):
         return runs(device, **on(device, problem(lengths, 1, 1, 64, 64, torch.bfloat16) | change))
@@ -132,12 +138,39 @@ def test_which_calls_take_one_kernel(device):
     assert which(alike, max_seqlen=64, state=args["state"].bfloat16()) == {"two"}
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernels", ["strips"], indirect=True)
+@pytest.mark.parametrize("size, most", [(64, 4), (128, 2)])
+def test_which_calls_take_strips(size, most, kernels, device, monkeypatch):
+    """Those whose strips need no more than half of the device, whatever the state's dtype."""
+    monkeypatch.setenv("KIMI_CUDA_MULTIPROCESSORS", "32")
+
+    def which(lengths, value_heads=1, dtype=torch.float32):
+        args = problem(lengths, 1, value_heads, size, size, torch.bfloat16)
+        return runs(device, **on(device, args | {"state": args["state"].to(dtype)}))
+
+    assert which([70] * most) == which([70], most) == which([70], most, torch.bfloat16) == {"strips"}
+    assert which([70] * (most + 1)) == which([70], most + 1) == {"two"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernels", ["strips"], indirect=True)
+def test_strips_in_several_segments(kernels, device, monkeypatch):
+    """As test_a_call_in_several_segments: the first segment has chunks 0 to 5, of which the fifth sequence has the last two."""
+    monkeypatch.setenv("KIMI_CUDA_MULTIPROCESSORS", "1000000")  # so many that all heads take strips
+    heads, lengths = 64, [1, 0, 0, 0, 200] + [0] * 45
+    args = problem(lengths, 1, heads, 64, 64, torch.bfloat16)
+    args["slots"] = torch.where(torch.tensor(lengths) == 200, args["slots"], -1)
+    check_against_spec(args, device)
+
+
 @needs_gpu
-@pytest.mark.parametrize("heads", [16, 32])
+@pytest.mark.parametrize("heads", [8, 16, 32])
 @pytest.mark.parametrize("regime", ["remember", "mixed"])
-def test_segments_that_overlap(regime, heads):
-    """Segments of 48, 72, 108, ... chunks of 16 heads, or of 84 of 32; the kernels of the next one run beside each. Nothing
-    of that may be seen."""
+def test_segments_that_overlap(regime, heads, monkeypatch):
+    """Segments of 48, 72, 107, ... chunks of 8 heads (in strips) or of 16, or of 84 of 32; the kernels of the next one run beside
+    each. Nothing of that may be seen."""
+    monkeypatch.delenv("KIMI_CUDA_MULTIPROCESSORS", raising=False)
     args = on("cuda", problem([64 * 300 + 5], heads, heads, 128, 128, torch.bfloat16, regime=regime))
     slot, part_state = args["slots"].long(), args["state"].clone()
     cuts = range(0, len(args["q"]), 64 * 30)  # calls of one segment

@@ -15,10 +15,8 @@ static int attribute(cudaDeviceAttr which) {
 }
 
 int multiprocessors() {
-  static const int forced = [] {
-    const char* count = std::getenv("KIMI_CUDA_MULTIPROCESSORS");
-    return count != nullptr ? std::atoi(count) : 0;
-  }();
+  const char* count = std::getenv("KIMI_CUDA_MULTIPROCESSORS");
+  const int forced = count != nullptr ? std::atoi(count) : 0;
   return forced > 0 ? forced : attribute(cudaDevAttrMultiProcessorCount);
 }
 

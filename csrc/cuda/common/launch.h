@@ -20,8 +20,8 @@
 
 namespace kimi::cuda {
 
-// Of the current device. The environment variable KIMI_CUDA_MULTIPROCESSORS (read once) gives it another number of
-// multiprocessors, for tests: with few of them small problems take the kernels of large ones.
+// Of the current device. The environment variable KIMI_CUDA_MULTIPROCESSORS gives it another number of multiprocessors,
+// for tests: with few of them small problems take the kernels of large ones.
 int multiprocessors();
 int compute_capability();  // 90 for 9.0
 int max_shared_bytes();    // that a block can have: 227 KB on 9.0, 163 on 8.0, 99 on 8.6 and 8.9

@@ -10,17 +10,9 @@
 #pragma once
 
 #include "cuda/kda_prefill/chain_warp_sm90.cuh"
+#include "cuda/kda_prefill/task_sm90.cuh"
 
 namespace kimi::cuda {
-
-// A block's place in the work.
-struct ChainTask {
-  int sequence, head, first_value;  // of the warp
-  int64_t begin;                    // the sequence's first token
-  int length, first_of_sequence;    // tokens, and its first chunk's number
-  int first, last;                  // chunks of the sequence that are in the segment: [first, last)
-  int slot;
-};
 
 template <int K>
 using WarpState = float[K / 8][4];  // as ChainWarp::s
@@ -31,8 +23,39 @@ __device__ __forceinline__ void copy_state(const WarpState<K>& from, WarpState<K
   for (int i = 0; i < K / 8 * 4; ++i) to[i / 4][i % 4] = from[i / 4][i % 4];
 }
 
+// Four matrices of an image as fragments, as ldmatrix_x4() and ldmatrix_x4_trans() (cuda/common/ptx.h) have them.
+struct SharedMatrices {
+  template <bool kTransposed>
+  __device__ __forceinline__ static void load(uint32_t (&r)[4], const void* row) {
+    if constexpr (kTransposed)
+      ldmatrix_x4_trans(r, row);
+    else
+      ldmatrix_x4(r, row);
+  }
+};
+// Of an image in memory.
+struct MemoryMatrices {
+  template <bool kTransposed>
+  __device__ __forceinline__ static void load(uint32_t (&r)[4], const void* row) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const auto row_of = [&](int of_lane) {
+      return reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(row), of_lane));
+    };
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kTransposed) {
+        const char *const even = row_of(8 * i + 2 * t), *const odd = row_of(8 * i + 2 * t + 1);
+        r[i] = reinterpret_cast<const uint16_t*>(even)[g] |
+               static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(odd)[g]) << 16;
+      } else {
+        r[i] = reinterpret_cast<const uint32_t*>(row_of(8 * i + g))[t];
+      }
+    }
+  }
+};
+
 // sum += (S * factor) right^T for k or q of an image.
-template <int K>
+template <int K, typename Matrices>
 __device__ __forceinline__ void multiply_rows_alone(const uint4 (&right)[kGroups][K / 32][kWarp], int lane,
                                                     const WarpState<K>& s, float factor, float (&sum)[kGroups][4]) {
   const int row = swizzled(4 * (lane % 8) + lane / 8);  // a piece is four matrices, of eight channels each
@@ -47,7 +70,7 @@ __device__ __forceinline__ void multiply_rows_alone(const uint4 (&right)[kGroups
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       uint32_t piece[4];
-      ldmatrix_x4(piece, &right[group][j][row]);
+      Matrices::template load<false>(piece, &right[group][j][row]);
       mma_m16n8k16<Fp16>(sum[group], left[0], {piece[0], piece[1]});
       mma_m16n8k16<Fp16>(sum[group], left[1], {piece[2], piece[3]});
     }
@@ -55,7 +78,7 @@ __device__ __forceinline__ void multiply_rows_alone(const uint4 (&right)[kGroups
 }
 
 // sum += left right^T for T (kTransposed) or A_qk of an image.
-template <bool kTransposed>
+template <bool kTransposed, typename Matrices>
 __device__ __forceinline__ void multiply_triangle_alone(const uint32_t (&right)[kGroups][kGroups][kWarp], int lane,
                                                         const uint32_t (&left)[kGroups / 2][4],
                                                         float (&sum)[kGroups][4]) {
@@ -64,11 +87,7 @@ __device__ __forceinline__ void multiply_triangle_alone(const uint32_t (&right)[
 #pragma unroll
     for (int group = 2 * x; group < kGroups; group += 2) {  // the others are zeros
       uint32_t tiles[4];                                    // of two groups, columns of two groups
-      const uint32_t* const row = &right[2 * x + lane / 8 % 2][group + lane / 16][4 * (lane % 8)];
-      if constexpr (kTransposed)
-        ldmatrix_x4_trans(tiles, row);
-      else
-        ldmatrix_x4(tiles, row);
+      Matrices::template load<kTransposed>(tiles, &right[2 * x + lane / 8 % 2][group + lane / 16][4 * (lane % 8)]);
       mma_m16n8k16<Fp16>(sum[group], left[x], {tiles[0], tiles[1]});
       mma_m16n8k16<Fp16>(sum[group + 1], left[x], {tiles[2], tiles[3]});
     }
@@ -76,7 +95,7 @@ __device__ __forceinline__ void multiply_triangle_alone(const uint32_t (&right)[
 }
 
 // S <- S D + left kg, in units of 2^unit.
-template <int K>
+template <int K, typename Matrices>
 __device__ __forceinline__ void update_state_alone(const ChunkFactorsSm90<K>& factors, const ChunkHeaderSm90<K>& header,
                                                    int lane, int unit, const uint32_t (&left)[kGroups / 2][4],
                                                    WarpState<K>& s) {
@@ -90,7 +109,8 @@ __device__ __forceinline__ void update_state_alone(const ChunkFactorsSm90<K>& fa
 #pragma unroll
     for (int x = 0; x < kGroups / 2; ++x) {
       uint32_t tiles[4];  // of channels 8 i .. + 7 and the next eight, tokens of two groups
-      ldmatrix_x4_trans(tiles, &factors.kg[2 * x + lane / 8 % 2][i / 4][swizzled(4 * (lane % 8) + i % 4 + lane / 16)]);
+      Matrices::template load<true>(
+          tiles, &factors.kg[2 * x + lane / 8 % 2][i / 4][swizzled(4 * (lane % 8) + i % 4 + lane / 16)]);
       mma_m16n8k16<Fp16>(sum[0], left[x], {tiles[0], tiles[1]});
       mma_m16n8k16<Fp16>(sum[1], left[x], {tiles[2], tiles[3]});
     }
@@ -101,7 +121,7 @@ __device__ __forceinline__ void update_state_alone(const ChunkFactorsSm90<K>& fa
 
 // `chunk` of the task's sequence, from the state before it: in other units, or token by token. The output takes the
 // place of the warp's values.
-template <typename T, int K, bool kShared, typename Stage>
+template <typename T, int K, bool kShared, typename Matrices, typename Stage>
 __device__ __forceinline__ void careful_chunk(const KdaPrefillParams& p, const Segment& segment, const ChainTask& task,
                                               Stage& stage, int chunk, unsigned thread, WarpState<K>& s) {
   ChainWarp<T, K, kShared> x;
@@ -118,10 +138,10 @@ __device__ __forceinline__ void careful_chunk(const KdaPrefillParams& p, const S
     x.start_values(stage);
 #pragma unroll
     for (int i = 0; i < 4 * kGroups; ++i) x.values[i / 4][i % 4] *= factor;
-    multiply_rows_alone<K>(stage.factors.k, lane, s, factor, x.values);
+    multiply_rows_alone<K, Matrices>(stage.factors.k, lane, s, factor, x.values);
     x.round_values();
     clear(x.values);
-    multiply_triangle_alone<true>(stage.factors.t, lane, x.operand, x.values);
+    multiply_triangle_alone<true, Matrices>(stage.factors.t, lane, x.operand, x.values);
     x.round_values();
     const auto value_units = [&] {
       return choose_value_units<T>(
@@ -131,10 +151,10 @@ __device__ __forceinline__ void careful_chunk(const KdaPrefillParams& p, const S
   }
   if (!units.exact) {
     clear(x.out());
-    multiply_rows_alone<K>(stage.factors.q, lane, s, power_of_two(-units.unit), x.out());
-    multiply_triangle_alone<false>(stage.factors.a_qk, lane, x.operand, x.out());
+    multiply_rows_alone<K, Matrices>(stage.factors.q, lane, s, power_of_two(-units.unit), x.out());
+    multiply_triangle_alone<false, Matrices>(stage.factors.a_qk, lane, x.operand, x.out());
     x.round_out(p.scale * power_of_two(units.unit), stage.v);
-    update_state_alone<K>(stage.factors, stage.header, lane, units.unit, x.operand, s);
+    update_state_alone<K, Matrices>(stage.factors, stage.header, lane, units.unit, x.operand, s);
     return;
   }
   const int64_t begin = task.begin + static_cast<int64_t>(chunk) * kChunk;
@@ -161,7 +181,7 @@ __device__ __forceinline__ void careful_chunk(const KdaPrefillParams& p, const S
   WarpState<K> memory;
   WarpState<K>& s = *unknown_pointer(&memory);
   copy_state<K>(x.s, s);
-  careful_chunk<T, K, kShared>(p, segment, task, stage, chunk, thread, s);
+  careful_chunk<T, K, kShared, SharedMatrices>(p, segment, task, stage, chunk, thread, s);
   copy_state<K>(s, x.s);
 }
 

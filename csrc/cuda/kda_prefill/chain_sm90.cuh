@@ -165,22 +165,10 @@ struct ChainRing {
   }
 };
 
-// What the block has to do, and this warp of it. Who wants to know it once in a while asks again: registers are few.
+// The task of the block, and of this warp of it.
 template <int V>
-__device__ __forceinline__ ChainTask find_task(const KdaPrefillParams& p, const Segment& segment) {
-  constexpr int kCluster = V / 64;
-  const int slice = static_cast<int>(blockIdx.x) % kCluster, warp = static_cast<int>(threadIdx.x) / kWarp;
-  ChainTask task;
-  task.sequence = static_cast<int>(blockIdx.x) / kCluster;
-  task.head = static_cast<int>(blockIdx.y);
-  task.first_value = (4 * slice + warp) * 16;
-  task.begin = p.cu_seqlens[task.sequence];
-  task.length = static_cast<int>(p.cu_seqlens[task.sequence + 1] - task.begin);
-  task.first_of_sequence = first_chunk(p.cu_seqlens, task.sequence);
-  task.first = max(segment.first - task.first_of_sequence, 0);
-  task.last = min(segment.first + segment.count - task.first_of_sequence, ceil_div(task.length, kChunk));
-  task.slot = p.slots[task.sequence];
-  return task;
+__device__ __forceinline__ ChainTask find_chain_task(const KdaPrefillParams& p, const Segment& segment) {
+  return find_task<V / 64, 4>(p, segment, static_cast<int>(threadIdx.x) / kWarp);
 }
 
 // Phase 3 of a warp of the warpgroup: the state, through the chunks.
@@ -189,7 +177,7 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
                                            ChainRing<T, K, V>& ring) {
   constexpr int kEarlyDecays = K / 64;  // groups of them that come before v' is there: no more registers are free
   const auto rows_of = [&](int slot) {
-    const ChainTask anew = find_task<V>(p, segment);
+    const ChainTask anew = find_chain_task<V>(p, segment);
     return state_rows(p, segment.wide_state, slot, anew.head, anew.first_value);
   };
   ChainWarp<T, K> x;
@@ -226,7 +214,7 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
     wgmma_wait<1>();
     wgmma_results(x.s);
     if (!plain) [[unlikely]] {  // (5) stays under way: waits for wgmma are the warpgroup's
-      careful_chunk(p, segment, find_task<V>(p, segment), ring.stage_behind_anew(), chunk, threadIdx.x, x);
+      careful_chunk(p, segment, find_chain_task<V>(p, segment), ring.stage_behind_anew(), chunk, threadIdx.x, x);
       x.start_values(ring.stage());
     }
     x.round_state();
@@ -236,7 +224,7 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
     if (plain) x.round_out(p.scale, stage.v);
     ring.release_behind();
     if (chunk < num_snapshots) [[unlikely]] {
-      const int to = p.snapshot_slots[find_task<V>(p, segment).sequence * p.num_snapshots + chunk];
+      const int to = p.snapshot_slots[find_chain_task<V>(p, segment).sequence * p.num_snapshots + chunk];
       if (to >= 0) x.store(rows_of(to));
     }
     wgmma_wait<0>();
@@ -244,7 +232,7 @@ __device__ __forceinline__ void run_chunks(const KdaPrefillParams& p, const Segm
   }
 
   // Phase 4: the state, for the next segment or the caller.
-  x.store(rows_of(find_task<V>(p, segment).slot));
+  x.store(rows_of(find_chain_task<V>(p, segment).slot));
 }
 
 template <typename T, int K, int V>
@@ -256,18 +244,14 @@ __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segme
 
   // Phase 1: which of the sequence's chunks are in this segment. What the kernels in front write is not read yet.
   Ring ring(shared);
-  const ChainTask task = find_task<V>(p, segment);
+  const ChainTask task = find_chain_task<V>(p, segment);
   grid_dependency_wait();
   grid_launch_dependents();
   if (task.length <= 0 || task.first >= task.last) return;
   constexpr int kCopies = kWarpgroup / kWarp;  // the warp that copies in; the next one copies out
   if (task.slot < 0) {
     if (warp >= kCopies) return;
-    T* const out =
-        static_cast<T*>(p.out) + task.begin * p.out_token_stride + task.head * p.out_head_stride + task.first_value;
-    const int lane = threadIdx.x % kWarp, end = min(task.length, task.last * kChunk);
-    for (int token = task.first * kChunk + lane / 2; token < end; token += kWarp / 2)
-      store_octet(out + token * p.out_token_stride + 8 * (lane % 2), make_uint4(0, 0, 0, 0), segment.wide_out);
+    write_zeros<T>(p, segment, task, 0, 1);
     return;
   }
 

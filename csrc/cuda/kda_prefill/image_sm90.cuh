@@ -34,15 +34,21 @@ __device__ __forceinline__ void store_piece(uint4 (&piece)[kWarp], int lane, uin
   }
 }
 
+// What is multiplied with S, and with x and v'.
 template <int K>
-struct alignas(32) ChunkFactorsSm90 {
-  uint4 k[kGroups][K / 32][kWarp];   // [group][channels 32 j .. + 31][swizzled] -k e^G
-  uint4 q[kGroups][K / 32][kWarp];   // q e^G, the same
-  uint4 kg[kGroups][K / 32][kWarp];  // k e^(G_end - G), the same
+struct alignas(32) StateFactorsSm90 {
+  uint4 k[kGroups][K / 32][kWarp];  // [group][channels 32 j .. + 31][swizzled] -k e^G
+  uint4 q[kGroups][K / 32][kWarp];  // q e^G, the same
+};
+template <int K>
+struct alignas(32) ValueFactorsSm90 {
+  uint4 kg[kGroups][K / 32][kWarp];  // k e^(G_end - G), as k
   // [column group][row group], zeros above the diagonal.
   uint32_t t[kGroups][kGroups][kWarp];     // T beta: [column, pair of rows]
   uint32_t a_qk[kGroups][kGroups][kWarp];  // A_qk: [row, pair of columns]
 };
+template <int K>
+struct ChunkFactorsSm90 : StateFactorsSm90<K>, ValueFactorsSm90<K> {};
 
 // What threads read themselves.
 template <int K>

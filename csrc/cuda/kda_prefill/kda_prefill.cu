@@ -7,16 +7,17 @@
 // bits depend on nothing but itself, and a cut after a multiple of 64 tokens does not change them.
 //
 // Long inputs go through the two kernels in segments, so that the workspace stays below kSegmentBytes; the state waits
-// in its slot between them. On Hopper the second kernel has a form of its own (chain_sm90.cuh), and where it leaves
-// multiprocessors idle, segments are short: the first kernel of the next one runs on those beside it. Where sequences
-// times heads fill the chip evenly, as far as max_seqlen tells, one kernel does all of it there, with the same bits
-// (whole_sm90.cuh).
+// in its slot between them. On Hopper the second kernel has a form of its own (chain_sm90.cuh), and another one for few
+// heads (strip_sm90.cuh), with the same bits. Where it leaves multiprocessors idle, segments are short: the first
+// kernel of the next one runs on those beside it. Where sequences times heads fill the chip evenly, as far as
+// max_seqlen tells, one kernel does all of it there, with the same bits (whole_sm90.cuh).
 #include <cmath>
 
 #include "cuda/common/launch.h"
 #include "cuda/kda_prefill/chain.cuh"
 #include "cuda/kda_prefill/chain_sm90.cuh"
 #include "cuda/kda_prefill/prep.cuh"
+#include "cuda/kda_prefill/strip_sm90.cuh"
 #include "cuda/kda_prefill/tokens.cuh"
 #include "cuda/kda_prefill/whole_sm90.cuh"
 
@@ -30,8 +31,8 @@ constexpr int64_t kSegmentBytes = int64_t{384} << 20;
 // segments overlap, but the second one loses about 10 us at each of their ends (docs/kda.md).
 constexpr int64_t kOverlappedImages = 3072;
 // What the kernels take, in us, by which such segments are sized: the first one of a multiprocessor for an image, the
-// second one for a chunk of a head, whatever the number of heads that have multiprocessors.
-constexpr double kPrepTime = 4.6, kChainTime = 1.1;
+// second one for a chunk of a head, whatever the number of heads that have multiprocessors, and the same in strips.
+constexpr double kPrepTime = 4.6, kChainTime = 1.1, kStripTime = 0.8;
 // How far the first kernel looks ahead for inputs (measured: 128 and 256 are alike; 512, a whole wave of blocks,
 // loses).
 constexpr int kPrefetchTokens = 128;
@@ -117,6 +118,12 @@ decltype(auto) dispatch_head(const KdaPrefillParams& p, Run&& run) {
   return p.key_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
 }
 
+// Whether the second kernel on Hopper has blocks of 16 values instead of 64: where those need no more than half of the
+// chip, the first kernel keeps up on the other half.
+bool takes_strips(const KdaPrefillParams& p) {
+  return use_sm90() && 2 * p.num_sequences * p.num_value_heads * (p.value_dim / 16) <= multiprocessors();
+}
+
 // How the chunks are split into segments, and the workspace for the images of one or, where the kernels of two segments
 // overlap, of two.
 //
@@ -143,17 +150,18 @@ struct Plan {
       overlapped = chunks > most;
     }
     if (overlapped)
-      overlap(p.num_value_heads);
+      overlap(p);
     else
       first = most = ceil_div(chunks, ceil_div(chunks, most));
     workspace_bytes = image_bytes * most * (overlapped ? 2 : 1);
   }
 
-  void overlap(int64_t heads) {
-    const double idle = static_cast<double>(multiprocessors() - ChainRing<Bf16, 128, 128>::kCluster * heads);
-    growth = kChainTime * idle / (kPrepTime * heads);
+  void overlap(const KdaPrefillParams& p) {
+    const int64_t heads = p.num_value_heads, blocks = p.value_dim / (takes_strips(p) ? 16 : 64);  // of a head
+    const double idle = static_cast<double>(multiprocessors() - blocks * heads);
+    growth = (takes_strips(p) ? kStripTime : kChainTime) * idle / (kPrepTime * heads);
     if (growth > 1.0) {
-      first = ceil_div<int64_t>(most, 4);
+      first = ceil_div<int64_t>(most, takes_strips(p) ? 8 : 4);
     } else {
       growth = 1.0;  // and the last one 0.6 of the others
       const double segments = std::ceil(chunks / static_cast<double>(most) + 0.4);
@@ -178,7 +186,8 @@ bool is_whole(const KdaPrefillParams& p) {
   const double most = tokens * p.num_sequences == p.num_tokens
                           ? std::ceil(p.num_sequences * p.num_value_heads / blocks) * longest
                           : std::max(longest, share + (longest - 1) * (1 - 1 / blocks));
-  const double chunked = std::max(share * (kPrepTime + 3 * kChainTime), longest * kChainTime);
+  const double chunked =
+      std::max(share * (kPrepTime + 3 * kChainTime), longest * (takes_strips(p) ? kStripTime : kChainTime));
   return kWholeStart + kWholeTime * most < kChunkedStart + chunked;
 }
 
@@ -205,13 +214,18 @@ void launch_portable_chain(const KdaPrefillParams& p, const Segment& segment, cu
     launch_chain<T, K, K / 16>(p, segment, stream);
 }
 
-// A cluster of blocks for each head, whose rows they share.
+// A cluster of blocks for each head, whose rows they share: 64 a block, or a strip of 16.
 template <typename T, int K>
 void launch_sm90_chain(const KdaPrefillParams& p, const Segment& segment, cudaStream_t stream) {
-  constexpr unsigned kCluster = ChainRing<T, K, K>::kCluster;
-  const dim3 blocks(static_cast<unsigned>(p.num_sequences) * kCluster, static_cast<unsigned>(p.num_value_heads));
-  launch({.cluster = kCluster, .overlap = true}, kda_chain_sm90_kernel<T, K, K>, blocks, dim3(kChainThreadsSm90),
-         sizeof(ChainSharedSm90<K>), stream, p, segment);
+  const auto run = [&](unsigned cluster, auto kernel, int threads, size_t shared_bytes) {
+    const dim3 blocks(static_cast<unsigned>(p.num_sequences) * cluster, static_cast<unsigned>(p.num_value_heads));
+    launch({.cluster = cluster, .overlap = true}, kernel, blocks, dim3(static_cast<unsigned>(threads)), shared_bytes,
+           stream, p, segment);
+  };
+  if (takes_strips(p))
+    run(K / 16, kda_strip_sm90_kernel<T, K, K>, kStripThreads, sizeof(StripShared<K>));
+  else
+    run(K / 64, kda_chain_sm90_kernel<T, K, K>, kChainThreadsSm90, sizeof(ChainSharedSm90<K>));
 }
 
 // One kernel for whole heads.

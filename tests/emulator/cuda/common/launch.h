@@ -14,7 +14,8 @@
 namespace kimi::cuda {
 
 inline int multiprocessors() {
-  return 3;
+  const char* count = std::getenv("KIMI_CUDA_MULTIPROCESSORS");
+  return count != nullptr ? std::atoi(count) : 3;
 }
 inline int compute_capability() {
   return 80;
