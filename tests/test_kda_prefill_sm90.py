@@ -49,15 +49,14 @@ def on_zeros(prefill, **args):
     return prefill(**{"out": torch.zeros(args["v"].shape, dtype=args["v"].dtype, device=args["v"].device)} | args)
 
 
-# On how many multiprocessors calls of few heads take two kernels, or two with strips of 16 values.
-MULTIPROCESSORS = {"two": 3, "strips": 132}
+# On how many multiprocessors calls of few heads take these kernels.
+MULTIPROCESSORS = {"two": 3, "strips": 132, "one": 3}
 
 
 @pytest.fixture(autouse=True, params=["two", "strips", "one"])
 def kernels(request, monkeypatch):
     """The kernels of a call with few heads, an fp32 state and gates of the inputs' dtype."""
-    if request.param in MULTIPROCESSORS:
-        monkeypatch.setenv("KIMI_CUDA_MULTIPROCESSORS", str(MULTIPROCESSORS[request.param]))
+    monkeypatch.setenv("KIMI_CUDA_MULTIPROCESSORS", str(MULTIPROCESSORS[request.param]))
     if request.param == "one":  # sequences of one token, if that were true: no block would have more to do than others
         one = functools.partial(kda_prefill, max_seqlen=1)
         if SANITIZER:  # initcheck does not see what the copy engine stores
