@@ -163,6 +163,23 @@ def test_strips_in_several_segments(kernels, device, monkeypatch):
     check_against_spec(args, device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernels", ["strips"], indirect=True)
+@pytest.mark.parametrize("regime", ["remember", "forget", "mixed"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_strips_have_the_same_bits(size, regime, kernels, device, monkeypatch):
+    """As 64 values a block, whatever the values: products by mma or by wgmma, and what is done again in other units."""
+    args = problem([64 * 5 + 7], 1, 2, size, size, torch.bfloat16, regime=regime)
+    args["v"][100:140] *= 1e-6
+    args["v"][200, :, :16] *= 1e20
+    args = on(device, args)
+    state, slot = args["state"].clone(), args["slots"].item()
+    out = kda_prefill(**args | {"state": state})
+    monkeypatch.setenv("KIMI_CUDA_MULTIPROCESSORS", str(MULTIPROCESSORS["two"]))
+    assert_same_bits(kda_prefill(**args), out)
+    assert_same_bits(args["state"][slot], state[slot], "state")
+
+
 @needs_gpu
 @pytest.mark.parametrize("heads", [8, 16, 32])
 @pytest.mark.parametrize("regime", ["remember", "mixed"])
