@@ -170,7 +170,9 @@ def test_strips_in_several_segments(kernels, device, monkeypatch):
 def test_strips_have_the_same_bits(size, regime, kernels, device, monkeypatch):
     """As 64 values a block, whatever the values: products by mma or by wgmma, and what is done again in other units."""
     args = problem([64 * 5 + 7], 1, 2, size, size, torch.bfloat16, regime=regime)
-    args["v"][100:140] *= 1e-6
+    args["state"][args["slots"].long()] = 0.0
+    args["v"][:64] *= 1e-4  # beside such a state fp16 does not hold v' of the first chunk; of the next one it does
+    args["v"][64:128] *= 2e-3
     args["v"][200, :, :16] *= 1e20
     args = on(device, args)
     state, slot = args["state"].clone(), args["slots"].item()
