@@ -133,6 +133,76 @@ void test_product_of_warpgroup(Checker& checker, const char* name, const WgmmaLa
   checker.check(worst < 1e-4, name);
 }
 
+struct SumsShared {
+  uint4 b[16][64];  // [eight along k][column]
+};
+
+constexpr int kSums = 64 * 64;
+
+// sums [2, 64, 64] += a b, by wgmma and by mma: a [64, 128] row-major, b [128, 64] column-major, as eight products one
+// behind the other.
+__global__ void sums_both_ways(const Fp16* a, const uint4* b, float* sums) {
+  if constexpr (kHasSm90) {
+    auto& shared = shared_memory<SumsShared>();
+    for (int i = threadIdx.x; i < 16 * 64; i += blockDim.x) shared.b[i % 16][i / 16] = b[i];
+    fence_proxy_async();
+    __syncthreads();
+    const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp * 16 + lane / 4, t = lane % 4;
+    uint32_t fragments[8][4];
+    for (int i = 0; i < 32; ++i)
+      fragments[i / 4][i % 4] =
+          *reinterpret_cast<const uint32_t*>(a + (row + i % 2 * 8) * 128 + 16 * (i / 4) + i / 2 % 2 * 8 + 2 * t);
+    const auto place = [&](int i) { return (row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + 2 * t + i % 2; };
+    float by_wgmma[8][4], by_mma[8][4];
+    for (int i = 0; i < 32; ++i) by_wgmma[i / 4][i % 4] = by_mma[i / 4][i % 4] = sums[place(i)];
+    const uint64_t right = wgmma_descriptor<false>(shared.b, sizeof(shared.b[0]), 128);
+    wgmma_fence();
+    for (int x = 0; x < 8; ++x)
+      wgmma_m64n64k16<false>(by_wgmma, fragments[x], right + x * (2 * sizeof(shared.b[0]) / 16), true);
+    wgmma_commit();
+    wgmma_wait<0>();
+    for (auto& of : by_wgmma) register_fence(of);
+    for (int x = 0; x < 8; ++x) {
+      for (int n = 0; n < 8; ++n) {
+        uint32_t columns[2];
+        ldmatrix_x2(columns, &shared.b[2 * x + lane / 8 % 2][8 * n + lane % 8]);
+        mma_m16n8k16<Fp16>(by_mma[n], fragments[x], columns);
+      }
+    }
+    for (int i = 0; i < 32; ++i) {
+      sums[place(i)] = by_wgmma[i / 4][i % 4];
+      sums[kSums + place(i)] = by_mma[i / 4][i % 4];
+    }
+  } else {
+    __trap();
+  }
+}
+
+// kda_prefill takes either, as there are few heads or many, and promises the same bits.
+void test_the_same_sums_by_mma_and_wgmma(Checker& checker) {
+  kimi_test::Random random(1);
+  const auto next = [&](int exponents) {  // with so many different ones
+    const int exponent = static_cast<int>(std::fabs(random()) * 1000.0f) % exponents;
+    return std::ldexp(random(), -exponent);
+  };
+  bool same = true;
+  for (int exponents : {1, 6, 12, 24}) {
+    std::vector<Fp16> a(64 * 128), b(128 * 64);
+    std::vector<float> sums(2 * kSums);
+    for (auto* x : {&a, &b}) {
+      for (Fp16& element : *x) element = __float2half(next(exponents));
+    }
+    for (float& sum : sums) sum = 8.0f * next(exponents);
+    Buffer<Fp16> left(a), right(b);
+    Buffer<float> out(sums);
+    launch(sums_both_ways, 1, 128, sizeof(SumsShared), nullptr, left.get(), reinterpret_cast<const uint4*>(right.get()),
+           out.get());
+    const auto found = out.read();
+    same = same && std::memcmp(&found[0], &found[kSums], kSums * sizeof(float)) == 0 && found[0] != sums[0];
+  }
+  checker.check(same, "the same sums by mma and by wgmma");
+}
+
 struct ArriveShared {
   alignas(16) int values[4 * 128];
   uint64_t full;
@@ -426,6 +496,7 @@ void test_sm90(Checker& checker) {
   test_boxes(checker, "pieces of 128 bytes, swizzled", {64, true});
   test_box_for_the_next_kernel(checker);
   test_tensor_maps(checker);
+  test_the_same_sums_by_mma_and_wgmma(checker);
 
   std::vector<int> numbers(256);
   for (int i = 0; i < 256; ++i) numbers[i] = 7 * i;

@@ -5,6 +5,8 @@
 // left operands are laid out as those of mma, and what wgmma reads as right operands are rows of 16 bytes, which
 // ldmatrix reads too.
 //
+// A strip (strip_sm90.cuh) has it done by its first warp, for all of its 16 values, from the image in memory.
+//
 // This is rare, and must not cost the usual way anything. So S is in local memory, and loops stay loops: registers that
 // the compiler would use here it would take from there.
 #pragma once

@@ -135,9 +135,10 @@ struct Plan {
   int64_t chunks, most, first;  // chunks: all, of the largest segment, of the first one
   double growth = 1.0;          // from segment to segment
   size_t image_bytes, workspace_bytes;
+  const bool strips;
   bool overlapped = false;
 
-  explicit Plan(const KdaPrefillParams& p) {
+  explicit Plan(const KdaPrefillParams& p) : strips(takes_strips(p)) {
     image_bytes = p.num_value_heads * dispatch_head(p, [&]<int K>() {
                     return use_sm90() ? sizeof(ChunkImageSm90<K>) : sizeof(ChunkImage<K>);
                   });
@@ -157,11 +158,11 @@ struct Plan {
   }
 
   void overlap(const KdaPrefillParams& p) {
-    const int64_t heads = p.num_value_heads, blocks = p.value_dim / (takes_strips(p) ? 16 : 64);  // of a head
+    const int64_t heads = p.num_value_heads, blocks = p.value_dim / (strips ? 16 : 64);  // of a head
     const double idle = static_cast<double>(multiprocessors() - blocks * heads);
-    growth = (takes_strips(p) ? kStripTime : kChainTime) * idle / (kPrepTime * heads);
+    growth = (strips ? kStripTime : kChainTime) * idle / (kPrepTime * heads);
     if (growth > 1.0) {
-      first = ceil_div<int64_t>(most, takes_strips(p) ? 8 : 4);
+      first = ceil_div<int64_t>(most, strips ? 8 : 4);
     } else {
       growth = 1.0;  // and the last one 0.6 of the others
       const double segments = std::ceil(chunks / static_cast<double>(most) + 0.4);
@@ -216,13 +217,13 @@ void launch_portable_chain(const KdaPrefillParams& p, const Segment& segment, cu
 
 // A cluster of blocks for each head, whose rows they share: 64 a block, or a strip of 16.
 template <typename T, int K>
-void launch_sm90_chain(const KdaPrefillParams& p, const Segment& segment, cudaStream_t stream) {
+void launch_sm90_chain(const KdaPrefillParams& p, const Segment& segment, bool strips, cudaStream_t stream) {
   const auto run = [&](unsigned cluster, auto kernel, int threads, size_t shared_bytes) {
     const dim3 blocks(static_cast<unsigned>(p.num_sequences) * cluster, static_cast<unsigned>(p.num_value_heads));
     launch({.cluster = cluster, .overlap = true}, kernel, blocks, dim3(static_cast<unsigned>(threads)), shared_bytes,
            stream, p, segment);
   };
-  if (takes_strips(p))
+  if (strips)
     run(K / 16, kda_strip_sm90_kernel<T, K, K>, kStripThreads, sizeof(StripShared<K>));
   else
     run(K / 64, kda_chain_sm90_kernel<T, K, K>, kChainThreadsSm90, sizeof(ChainSharedSm90<K>));
@@ -276,7 +277,7 @@ void run_chunks(const KdaPrefillParams& p, cudaStream_t stream) {
     launch({.overlap = plan.overlapped && index > 0}, kda_prep_kernel<T, K, Image>, blocks, dim3(kPrepThreads),
            sizeof(PrepShared<K>), stream, p, segment);
     if constexpr (kSm90)
-      launch_sm90_chain<T, K>(p, segment, stream);
+      launch_sm90_chain<T, K>(p, segment, plan.strips, stream);
     else
       launch_portable_chain<T, K>(p, segment, stream);
   }
