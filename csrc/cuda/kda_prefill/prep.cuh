@@ -33,9 +33,15 @@ __device__ __forceinline__ void prep_sync() {
   barrier_sync(kPrepBarrier, kPrepThreads);
 }
 
+// Parts of phases 1, 3 and 4 that a warp may do without the others.
+enum class PrepPart { kAll, kGates, kFactors, kFirstOperands, kLastOperands, kSystems };
+
 // What who makes one image after the other in the same place (whole_sm90.cuh) does between the phases; all threads call
 // it, and here it is hardly anything.
 struct BetweenPhases {
+  // Whether the warp does this part of the work; and whether it does all of it, as is usual, with the others.
+  __device__ __forceinline__ static constexpr bool does(PrepPart) { return true; }
+  __device__ __forceinline__ static constexpr bool does_all() { return true; }
   // The barrier at the end of phase 1: q and k are needed, and what T of the chunk before is made of is written anew.
   __device__ __forceinline__ void sync_gates() { prep_sync(); }
   __device__ __forceinline__ void in_phase_2() {}      // nobody needs the gates any more
@@ -51,31 +57,46 @@ __device__ __forceinline__ bool make_all_but_t(const PrepLane& at, const KdaPref
                                                PrepInputs<T, K, kOnlyT>& inputs, PrepShared<K>& shared, Image& image,
                                                Between&& between) {
   // Phase 1: gates.
-  const auto halves = group_gates(at, p, task, inputs, shared);
-  between.sync_gates();
-  between.in_phase_2();
+  GroupHalves<K / kWarp> halves;
+  if (between.does(PrepPart::kGates)) halves = group_gates(at, p, task, inputs, shared);
 
   // Phase 2: what depends on a token alone, and the sums of the gates over the chunk.
-  const float log2_decay = add_groups(at, shared);
-  cp_async_wait<0>();
-  __syncwarp();
-  const TokenScales scales = token_scales(at, p, task, inputs, shared);
-  const bool exact = barrier_or(kPrepBarrier, kPrepThreads, scales.exact);
+  float log2_decay = 0.0f;
+  TokenScales scales = {};
+  bool exact = false;
+  if (between.does_all()) {
+    between.sync_gates();
+    between.in_phase_2();
+    log2_decay = add_groups(at, shared);
+    cp_async_wait<0>();
+    __syncwarp();
+    scales = token_scales(at, p, task, inputs, shared);
+    exact = barrier_or(kPrepBarrier, kPrepThreads, scales.exact);
+  }
 
   // Phase 3: operands.
-  make_factors(at, halves, shared);
-  between.before_image();
-  if (at.thread < K) image.store_decay(at.thread, exp2_approx(log2_decay));
   RowOperands<K> rows;
   float diagonal[4] = {};
-  make_operands<T>(at, scales, exact, shared, image, rows, diagonal);
-  const uint32_t a_qk_diagonal = store_diagonal(at, scales, diagonal, shared);
-  prep_sync();
+  uint32_t a_qk_diagonal = 0;
+  if (between.does(PrepPart::kFactors)) make_factors(at, halves, shared);
+  if (between.does_all()) {
+    between.before_image();
+    if (at.thread < K) image.store_decay(at.thread, exp2_approx(log2_decay));
+  }
+  if (between.does(PrepPart::kFirstOperands)) make_operands<T, 0, K / 64>(at, scales, shared, image, rows, diagonal);
+  if (between.does(PrepPart::kLastOperands)) {
+    make_operands<T, K / 64, K / 32>(at, scales, shared, image, rows, diagonal);
+    finish_operands(at, exact, shared, image);
+    a_qk_diagonal = store_diagonal(at, scales, diagonal, shared);
+  }
+  if (between.does_all()) prep_sync();
 
   // Phase 4: A_kk, A_qk and the diagonal inverses; kg in pairs of groups. The later groups have the more products, the
   // warps of the earlier ones the rest of the work.
+  if (!between.does(PrepPart::kSystems)) return exact;
   make_systems(at, rows, a_qk_diagonal, scales.step, shared, image);
   if (at.group * kWarp < kChunk) invert_diagonal_blocks(at, shared);
+  if (!between.does_all()) return exact;
   if (at.thread == 2 * kWarp) image.store_header(exact);
   if constexpr (Image::kTransposedKg) {
     if (at.group < kGroups / 2) {

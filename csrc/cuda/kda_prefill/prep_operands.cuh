@@ -108,18 +108,20 @@ struct RowOperands {
   uint32_t a[K / 16][4];
 };
 
-// Phase 3b. All operands of the group's tokens; the product of the group with itself into `diagonal` (k rows, q rows).
-template <typename T, int K, typename Image>
-__device__ __forceinline__ void make_operands(const PrepLane& at, const TokenScales& scales, bool exact,
-                                              PrepShared<K>& shared, Image& image, RowOperands<K>& rows,
-                                              float (&diagonal)[4]) {
+template <int K>
+__device__ __forceinline__ uint4 powers_of(const PrepLane& at, const PrepShared<K>& shared, int j, PowerOfGroup which) {
+  return *reinterpret_cast<const uint4*>(&shared.powers[at.group][which][32 * j + 8 * at.t]);
+}
+
+// Phase 3b. All operands of the group's tokens, of 32 channels kBegin to kEnd; the product of the group with itself
+// into `diagonal` (k rows, q rows).
+template <typename T, int kBegin, int kEnd, int K, typename Image>
+__device__ __forceinline__ void make_operands(const PrepLane& at, const TokenScales& scales, PrepShared<K>& shared,
+                                              Image& image, RowOperands<K>& rows, float (&diagonal)[4]) {
   const float q_scale = scales.q * kTf32Rounding, k_scale = scales.k * kTf32Rounding;
   const uint32_t identity = identity_operand<T>(at);
-  const auto power = [&](int j, PowerOfGroup which) {
-    return *reinterpret_cast<const uint4*>(&shared.powers[at.group][which][32 * j + 8 * at.t]);
-  };
 #pragma unroll
-  for (int j = 0; j < K / 32; ++j) {
+  for (int j = kBegin; j < kEnd; ++j) {
     const int channel = 32 * j + 8 * at.t;
     auto& group = shared.groups[at.group][j];
     float q[8], k[8], k_column[8], factor[8];
@@ -162,7 +164,7 @@ __device__ __forceinline__ void make_operands(const PrepLane& at, const TokenSca
     rows.a[2 * j + 1][1] = q_rows.z;
     rows.a[2 * j + 1][2] = k_rows.w;
     rows.a[2 * j + 1][3] = q_rows.w;
-    const uint4 from_start = power(j, kFromStart);
+    const uint4 from_start = powers_of(at, shared, j, kFromStart);
     image.store_q(at.group, j, at.lane, multiply(q_rows, from_start));
     image.store_k(at.group, j, at.lane, multiply(k_rows, from_start));
     // Columns of the products with later groups, and of the state's update.
@@ -175,6 +177,11 @@ __device__ __forceinline__ void make_operands(const PrepLane& at, const TokenSca
     else
       image.store_kg(at.group, j, at.lane, kg);
   }
+}
+
+// What is made of all of them.
+template <int K, typename Image>
+__device__ __forceinline__ void finish_operands(const PrepLane& at, bool exact, PrepShared<K>& shared, Image& image) {
   if constexpr (!Image::kTransposedKg) {
     if (exact) [[unlikely]] {  // it may be infinite
 #pragma unroll 1
@@ -187,12 +194,12 @@ __device__ __forceinline__ void make_operands(const PrepLane& at, const TokenSca
   if (at.group % 4 == 0) {
 #pragma unroll
     for (int j = 0; j < K / 32; ++j)
-      shared.k_quarter[at.group / 4][j][at.lane] = multiply(k_end(j), power(j, kWithinHalf));
+      shared.k_quarter[at.group / 4][j][at.lane] = multiply(k_end(j), powers_of(at, shared, j, kWithinHalf));
   }
   if (at.group < 3) {
 #pragma unroll
     for (int j = 0; j < K / 32; ++j)
-      shared.k_then_k_half[j][at.group][at.lane] = multiply(k_end(j), power(j, kBetweenHalves));
+      shared.k_then_k_half[j][at.group][at.lane] = multiply(k_end(j), powers_of(at, shared, j, kBetweenHalves));
   }
 }
 

@@ -63,6 +63,8 @@ struct WholeShared {
 // made. At the latter two the second half arrives once before all chunks too, and the first half comes once behind
 // them.
 inline constexpr int kFullBarrier = 4, kFreeBarrier = 5, kSolvedBarrier = 6;
+// The first inputs of the first half are on their way, before the second half asks for its first state.
+inline constexpr int kStartedBarrier = 7;
 
 template <int V>
 inline constexpr int kWholeThreads = kPrepThreads + kWarpgroup;
@@ -120,7 +122,31 @@ struct BetweenWholePhases {
   const PrepLane& at;
   const int number;
   WholeShared<K, V>& shared;
+  const PrepPart rehearsal = PrepPart::kAll;
 
+  // A rehearsal: while the first inputs are on their way, each warp does one part of the work with whatever is in
+  // shared memory, so that the code of all parts comes to the multiprocessor at the same time, and not one piece after
+  // the other when it is needed (from memory, that takes as long as two chunks). What these warps write, nobody reads
+  // before it is written again: the barrier at the end of phase 1 is behind all rehearsals. Operands are for warps that
+  // write nothing where q and k are to land.
+  __device__ __forceinline__ static PrepPart rehearsal_of(int group) {
+    switch (group) {
+      case 0:
+        return PrepPart::kGates;
+      case 2:
+        return PrepPart::kFactors;
+      case 3:
+        return PrepPart::kFirstOperands;
+      case 5:
+        return PrepPart::kLastOperands;
+      case kAhead:
+        return PrepPart::kAll;  // it starts the loads
+      default:
+        return PrepPart::kSystems;
+    }
+  }
+  __device__ __forceinline__ bool does(PrepPart part) const { return does_all() || rehearsal == part; }
+  __device__ __forceinline__ bool does_all() const { return rehearsal == PrepPart::kAll; }
   // The second half only arrives there.
   __device__ __forceinline__ void sync_gates() {
     mbarrier_wait(&shared.keys, number & 1);
@@ -198,15 +224,18 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
       }
       __syncwarp();
       before_all.start_keys();
+      barrier_arrive(kStartedBarrier, kWarp + kWarpgroup);
     }
   }
   int number = 0;
+  PrepPart rehearsal = Between::rehearsal_of(static_cast<int>(threadIdx.x / kWarp));
 #pragma unroll 1
-  for (;; ++number) {
-    mbarrier_wait(&shared.gates, number & 1);
+  while (true) {
+    if (rehearsal == PrepPart::kAll) mbarrier_wait(&shared.gates, number & 1);
     // A number that the compiler cannot see through: it would keep all addresses that depend on it alone, and spill.
     const PrepLane at(__shfl_sync(kFullWarp, static_cast<int>(threadIdx.x), static_cast<int>(threadIdx.x)));
-    const PrepWork work = shared.work;
+    PrepWork work{0, static_cast<int>(min(p.num_tokens, int64_t{kChunk})), 0, 0};  // a rehearsal's: any would do
+    if (rehearsal == PrepPart::kAll) work = shared.work;
     if (work.count == 0) break;
     PrepTask task;
     task.head = work.head;
@@ -232,7 +261,10 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
       __syncwarp();
     }
     inputs.take_gates(at, gate_rows);
-    make_all_but_t(at, p, task, inputs, shared.prep, shared.image.image, Between{p, segment, maps, at, number, shared});
+    make_all_but_t(at, p, task, inputs, shared.prep, shared.image.image,
+                   Between{p, segment, maps, at, number, shared, rehearsal});
+    if (rehearsal == PrepPart::kAll) ++number;
+    rehearsal = PrepPart::kAll;
   }
   barrier_sync(kSolvedBarrier, kWholeThreads<V>);
   barrier_sync(kFreeBarrier, kWholeThreads<V>);
@@ -338,6 +370,7 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
   if (thread == 0) load_task(p, blockIdx.x, shared.chain_next);
   barrier_arrive(kSolvedBarrier, kWholeThreads<V>);
   barrier_arrive(kFreeBarrier, kWholeThreads<V>);
+  barrier_sync(kStartedBarrier, kWarp + kWarpgroup);
 #pragma unroll 1
   while (true) {
     find_place();
@@ -442,25 +475,44 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
         }
         barrier_sync(kWarpgroupBarrier, kWarpgroup);  // nobody reads the states of this chunk any more
         barrier_arrive(kFreeBarrier, kWholeThreads<V>);
-        if (tokens_left(chunk) <= kChunk) prefetch_state<K, V>(p, thread, shared.chain_next);
+        // Before the last chunk, if there is one before.
+        if (tokens_left(chunk) > kChunk ? tokens_left(chunk) <= 2 * kChunk : chunk == 0)
+          prefetch_state<K, V>(p, thread, shared.chain_next);
         if (chunk < p.num_snapshots && tokens_left(chunk) >= kChunk) [[unlikely]] {
           const int to = p.snapshot_slots[sequence() * p.num_snapshots + chunk];
           if (to >= 0) store_states(to);
         }
       }
-      store_states(slot());
+      find_place();
       x[0].share_state();
       write_all(chunk - 1);
+      store_states(slot());
     }
     barrier_sync(kWarpgroupBarrier, kWarpgroup);  // nobody reads what the task is any more
   }
   if (threadIdx.x == kPrepThreads) tensor_store_wait_read();
 }
 
+// Asks for what the first chunk would wait for, one after the other: the maps, the constants of the block's first head.
+template <int K>
+__device__ __forceinline__ void prefetch_first(const KdaPrefillParams& p, const Segment& segment,
+                                               const WholeMaps& maps) {
+  if (segment.boxes && threadIdx.x == kPrepThreads) {
+    for (const TensorMap* map : {&maps.g, &maps.k, &maps.q, &maps.v, &maps.out}) prefetch_tensor_map(*map);
+  }
+  if (threadIdx.x >= kPrepThreads + kWarp && threadIdx.x < kPrepThreads + 2 * kWarp) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp,
+              head = blockIdx.x % static_cast<unsigned>(p.num_value_heads);
+    if (p.A_log && lane == 0) prefetch_l2(p.A_log + head);
+    if (p.dt_bias && lane < K / 32) prefetch_l2(p.dt_bias + head * K + 32 * lane);
+  }
+}
+
 template <typename T, int K, int V>
 __device__ __forceinline__ void run_whole(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps) {
   auto& shared = shared_memory<WholeShared<K, V>>();
   if (threadIdx.x < K) shared.ones[threadIdx.x] = 1.0f;
+  prefetch_first<K>(p, segment, maps);
   if (threadIdx.x == 0) {
     shared.ahead.first_token = shared.ahead.task.end = 0;
     mbarrier_init(&shared.gates, kWarp);
