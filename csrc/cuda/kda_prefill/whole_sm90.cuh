@@ -9,6 +9,8 @@
 // chunks are whole, the copy engine brings q, k, gates and values and takes the output away. The first half goes on to
 // the next head while the second one ends this one.
 //
+// While its first inputs come, the first half rehearses (rehearsal_of() below): its code comes from memory too.
+//
 // The products are those of the two kernels, in the same order: the same bits.
 //
 // Bytes: 80 KB a chunk at K = V = 128, instead of 212 with images in memory. Time: the first half's.
