@@ -108,6 +108,7 @@ struct RowOperands {
   uint32_t a[K / 16][4];
 };
 
+// Of the group, of the lane's eight of channels 32 j on.
 template <int K>
 __device__ __forceinline__ uint4 powers_of(const PrepLane& at, const PrepShared<K>& shared, int j, PowerOfGroup which) {
   return *reinterpret_cast<const uint4*>(&shared.powers[at.group][which][32 * j + 8 * at.t]);

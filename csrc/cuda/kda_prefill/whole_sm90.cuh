@@ -127,10 +127,10 @@ struct BetweenWholePhases {
   const PrepPart rehearsal = PrepPart::kAll;
 
   // A rehearsal: while the first inputs are on their way, each warp does one part of the work with whatever is in
-  // shared memory, so that the code of all parts comes to the multiprocessor at the same time, and not one piece after
-  // the other when it is needed (from memory, that takes as long as two chunks). What these warps write, nobody reads
-  // before it is written again: the barrier at the end of phase 1 is behind all rehearsals. Operands are for warps that
-  // write nothing where q and k are to land.
+  // shared memory, or with the first tokens, so that the code of all parts comes to the multiprocessor at the same
+  // time, and not one piece after the other when it is needed (from memory, that takes as long as two chunks). What
+  // these warps write, nobody reads before it is written again: the barrier at the end of phase 1 is behind all
+  // rehearsals. Operands are for warps that write nothing where q and k are to land.
   __device__ __forceinline__ static PrepPart rehearsal_of(int group) {
     switch (group) {
       case 0:
