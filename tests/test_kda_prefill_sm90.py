@@ -138,6 +138,20 @@ def test_which_calls_take_one_kernel(kernels, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernels", ["two"], indirect=True)
+@pytest.mark.parametrize("blocks", [1, 2, 7, 8, 10, 13, 18])
+def test_one_kernel_in_any_number_of_blocks(blocks, kernels, device, monkeypatch):
+    """Whichever heads a block takes, and when it begins: all are taken, once."""
+    monkeypatch.setenv("KIMI_CUDA_MULTIPROCESSORS", str(blocks))
+    args = problem([64] * (2 * blocks + 1), 1, 1, 64, 64, torch.bfloat16)
+    ours, expected = (on(device, args | {"state": args["state"].clone()}) for _ in range(2))
+    out = torch.full_like(ours["v"], float("nan"))
+    assert runs(device, **ours, out=out, max_seqlen=64) == {"one"}
+    assert_same_bits(out, kda_prefill(**expected))
+    assert_same_bits(ours["state"], expected["state"], "state")
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kernels", ["strips"], indirect=True)
 @pytest.mark.parametrize("size, most", [(64, 4), (128, 2)])
 def test_which_calls_take_strips(size, most, kernels, device, monkeypatch):

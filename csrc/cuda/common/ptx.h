@@ -223,6 +223,12 @@ __device__ __forceinline__ T* unknown_pointer(T* p) {
   asm volatile("" : "+l"(p)::"memory");
   return p;
 }
+// At least so many cycles of the multiprocessor's clock; other warps have the issue slots meanwhile.
+__device__ __forceinline__ void wait_cycles(int cycles) {
+  const int64_t begin = clock64();
+  while (clock64() - begin < cycles) __nanosleep(50);
+}
+
 // In a rare branch, for it to stay one: the compiler would select each register that it changes, every time.
 __device__ __forceinline__ void keep_branch() {
   asm volatile("");

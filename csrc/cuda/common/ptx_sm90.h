@@ -80,10 +80,6 @@ __device__ __forceinline__ void tensor_copy(void* shared, const TensorMap& map, 
       "l"(&map), "r"(0), "r"(head), "r"(token), "r"(shared_address(barrier))
       : "memory");
 }
-// Begins to bring the map itself, which the first copy would wait for.
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 // And back, from what fence_proxy_async() has made visible. In groups, as cp_async_commit() makes them.
 __device__ __forceinline__ void tensor_store(const void* shared, const TensorMap& map, int head, int token) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %1}], [%4];" ::"l"(&map),

@@ -104,7 +104,12 @@ struct Segment {
   bool forward = false;  // the order in which the first kernel goes through the chunks
   // Which tensors lie such that vectors of up to 16 bytes may be used.
   bool wide_inputs = false, wide_out = false, wide_state = false;
-  bool boxes = false;  // the copy engine brings and takes whole chunks (whole_sm90.cuh)
+  // For whole_sm90.cuh: whether the copy engine brings and takes whole chunks; the first beta, or its upper half if it
+  // is fp32, and the way to others.
+  bool boxes = false;
+  const char* beta = nullptr;
+  uint32_t beta_token_bytes = 0;
+  int64_t beta_head_bytes = 0;
 };
 
 template <typename Image>

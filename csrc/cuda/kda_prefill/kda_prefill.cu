@@ -82,6 +82,10 @@ bool wide_state(const KdaPrefillParams& p) {
   return aligned_to(16, p.state) && multiples_of(16 / size_of(p.state_dtype), p.state_slot_stride);
 }
 
+int64_t beta_token_bytes(const KdaPrefillParams& p) {
+  return p.beta_token_stride * static_cast<int64_t>(size_of(p.beta_dtype));
+}
+
 void run_tokens(const KdaPrefillParams& p, cudaStream_t stream) {
   const int64_t warps = std::min<int64_t>(kTokenThreads / kWarp, p.value_dim / 16);
   const int64_t blocks = p.num_sequences * p.num_value_heads * ceil_div<int64_t>(p.value_dim, 16 * warps);
@@ -177,16 +181,19 @@ struct Plan {
 // Whether the one kernel for whole heads is the faster way, as far as the caller lets us know: it is where no block has
 // much more to do than others. In us; kWholeTime for a chunk of a head, which takes 6.1 where the chip is even.
 constexpr double kWholeTime = 7.0, kWholeStart = 6.0, kChunkedStart = 12.0;
+bool are_alike(const KdaPrefillParams& p) {
+  return std::min(p.max_seqlen, p.num_tokens) * p.num_sequences == p.num_tokens;
+}
 bool is_whole(const KdaPrefillParams& p) {
   if (p.max_seqlen <= 0 || p.state_dtype != DType::kF32 || p.g_dtype != p.dtype || !use_sm90()) return false;
+  if (beta_token_bytes(p) > UINT32_MAX) return false;
   const int64_t tokens = std::min(p.max_seqlen, p.num_tokens);  // of the longest sequence
   const double blocks = multiprocessors(), longest = ceil_div<int64_t>(tokens, kChunk);
   const double share = ceil_div<int64_t>(p.num_tokens, kChunk) * p.num_value_heads / blocks;  // of a block, in chunks
   // Of the block that has most: where sequences are alike, so many of them; else an upper bound, if it begins its
   // longest one last.
-  const double most = tokens * p.num_sequences == p.num_tokens
-                          ? std::ceil(p.num_sequences * p.num_value_heads / blocks) * longest
-                          : std::max(longest, share + (longest - 1) * (1 - 1 / blocks));
+  const double most = are_alike(p) ? std::ceil(p.num_sequences * p.num_value_heads / blocks) * longest
+                                   : std::max(longest, share + (longest - 1) * (1 - 1 / blocks));
   const double chunked =
       std::max(share * (kPrepTime + 3 * kChainTime), longest * (takes_strips(p) ? kStripTime : kChainTime));
   return kWholeStart + kWholeTime * most < kChunkedStart + chunked;
@@ -229,10 +236,27 @@ void launch_sm90_chain(const KdaPrefillParams& p, const Segment& segment, bool s
     run(K / 64, kda_chain_sm90_kernel<T, K, K>, kChainThreadsSm90, sizeof(ChainSharedSm90<K>));
 }
 
+// When the blocks of that kernel begin: where there are heads behind the first ones, pairs one after the other; and
+// where heads are alike and some blocks have one fewer, those about half a head late.
+constexpr int kStartStep = 1000, kHalfChunk = 5000;  // cycles
+WholeStart whole_start(const KdaPrefillParams& p, int64_t blocks) {
+  const int64_t heads = p.num_sequences * p.num_value_heads;
+  WholeStart start{heads > blocks ? kStartStep : 0, 0, static_cast<int>(blocks)};
+  if (heads > blocks && heads % blocks > 0 && are_alike(p)) {
+    const int64_t chunks = ceil_div<int64_t>(p.num_tokens / p.num_sequences, kChunk);
+    start.late = static_cast<int>(std::min<int64_t>(kHalfChunk * chunks, INT32_MAX));
+    start.late_from = static_cast<int>(heads % blocks);
+  }
+  return start;
+}
+
 // One kernel for whole heads.
 template <typename T, int K>
 void run_whole(const KdaPrefillParams& p, Segment segment, cudaStream_t stream) {
   WholeMaps maps = {};
+  segment.beta = static_cast<const char*>(p.beta) + size_of(p.beta_dtype) - 2;
+  segment.beta_token_bytes = static_cast<uint32_t>(beta_token_bytes(p));
+  segment.beta_head_bytes = p.beta_head_stride * static_cast<int64_t>(size_of(p.beta_dtype));
   const auto map = [&](const void* data, int64_t heads, int64_t token_stride, int64_t head_stride, int piece,
                        bool swizzled, TensorMap& to) {
     return make_tensor_map({data, p.num_tokens, heads, K, token_stride, head_stride, kChunk, piece, swizzled}, to);
@@ -245,7 +269,7 @@ void run_whole(const KdaPrefillParams& p, Segment segment, cudaStream_t stream) 
                   map(p.out, p.num_value_heads, p.out_token_stride, p.out_head_stride, 64, true, maps.out);
   const int64_t blocks = std::min<int64_t>(p.num_sequences * p.num_value_heads, multiprocessors());
   launch(kda_whole_sm90_kernel<T, K, K>, dim3(static_cast<unsigned>(blocks)), dim3(kWholeThreads<K>),
-         sizeof(WholeShared<K, K>), stream, p, segment, maps);
+         sizeof(WholeShared<K, K>), stream, p, segment, maps, whole_start(p, blocks));
 }
 
 // All kernels, segment by segment: P0 C0 P1 C1 ... Where the plan has them overlap, each may begin before the one in

@@ -33,15 +33,15 @@ __device__ __forceinline__ void prep_sync() {
   barrier_sync(kPrepBarrier, kPrepThreads);
 }
 
-// Parts of phases 1, 3 and 4 that a warp may do without the others.
-enum class PrepPart { kAll, kGates, kFactors, kFirstOperands, kLastOperands, kSystems };
+// Where a warp may begin, and what it may do without the others: a part, or all of them.
+enum class PrepPart { kAll, kGates, kFactors, kOperands, kSystems };
 
 // What who makes one image after the other in the same place (whole_sm90.cuh) does between the phases; all threads call
 // it, and here it is hardly anything.
 struct BetweenPhases {
-  // Whether the warp does this part of the work; and whether it does all of it, as is usual, with the others.
-  __device__ __forceinline__ static constexpr bool does(PrepPart) { return true; }
-  __device__ __forceinline__ static constexpr bool does_all() { return true; }
+  // What the warp does; all of it, with the others, or a part of it, for a rehearsal.
+  __device__ __forceinline__ static constexpr PrepPart part() { return PrepPart::kAll; }
+  __device__ __forceinline__ static constexpr bool is_rehearsal() { return false; }
   // The barrier at the end of phase 1: q and k are needed, and what T of the chunk before is made of is written anew.
   __device__ __forceinline__ void sync_gates() { prep_sync(); }
   __device__ __forceinline__ void in_phase_2() {}      // nobody needs the gates any more
@@ -56,60 +56,64 @@ template <typename T, int K, bool kOnlyT, typename Image, typename Between>
 __device__ __forceinline__ bool make_all_but_t(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task,
                                                PrepInputs<T, K, kOnlyT>& inputs, PrepShared<K>& shared, Image& image,
                                                Between&& between) {
-  // Phase 1: gates.
   GroupHalves<K / kWarp> halves;
-  if (between.does(PrepPart::kGates)) halves = group_gates(at, p, task, inputs, shared);
-
-  // Phase 2: what depends on a token alone, and the sums of the gates over the chunk.
-  float log2_decay = 0.0f;
-  TokenScales scales = {};
-  bool exact = false;
-  if (between.does_all()) {
-    between.sync_gates();
-    between.in_phase_2();
-    log2_decay = add_groups(at, shared);
-    cp_async_wait<0>();
-    __syncwarp();
-    scales = token_scales(at, p, task, inputs, shared);
-    exact = barrier_or(kPrepBarrier, kPrepThreads, scales.exact);
-  }
-
-  // Phase 3: operands.
+  TokenScales scales;
   RowOperands<K> rows;
-  float diagonal[4] = {};
-  uint32_t a_qk_diagonal = 0;
-  if (between.does(PrepPart::kFactors)) make_factors(at, halves, shared);
-  if (between.does_all()) {
-    between.before_image();
-    if (at.thread < K) image.store_decay(at.thread, exp2_approx(log2_decay));
-  }
-  if (between.does(PrepPart::kFirstOperands)) make_operands<T, 0, K / 64>(at, scales, shared, image, rows, diagonal);
-  if (between.does(PrepPart::kLastOperands)) {
-    make_operands<T, K / 64, K / 32>(at, scales, shared, image, rows, diagonal);
-    finish_operands(at, exact, shared, image);
-    a_qk_diagonal = store_diagonal(at, scales, diagonal, shared);
-  }
-  if (between.does_all()) prep_sync();
+  float log2_decay, diagonal[4] = {};
+  uint32_t a_qk_diagonal;
+  bool exact = false;
+  switch (between.part()) {  // each part goes on to the next one, but in a rehearsal
+    case PrepPart::kAll:
+    case PrepPart::kGates:
+      // Phase 1: gates.
+      halves = group_gates(at, p, task, inputs, shared);
+      if (between.is_rehearsal()) break;
 
-  // Phase 4: A_kk, A_qk and the diagonal inverses; kg in pairs of groups. The later groups have the more products, the
-  // warps of the earlier ones the rest of the work.
-  if (!between.does(PrepPart::kSystems)) return exact;
-  make_systems(at, rows, a_qk_diagonal, scales.step, shared, image);
-  if (at.group * kWarp < kChunk) invert_diagonal_blocks(at, shared);
-  if (!between.does_all()) return exact;
-  if (at.thread == 2 * kWarp) image.store_header(exact);
-  if constexpr (Image::kTransposedKg) {
-    if (at.group < kGroups / 2) {
-      const int s = at.group;
+      // Phase 2: what depends on a token alone, and the sums of the gates over the chunk.
+      between.sync_gates();
+      between.in_phase_2();
+      log2_decay = add_groups(at, shared);
+      cp_async_wait<0>();
+      __syncwarp();
+      scales = token_scales(at, p, task, inputs, shared);
+      exact = barrier_or(kPrepBarrier, kPrepThreads, scales.exact);
+      [[fallthrough]];
+
+    case PrepPart::kFactors:
+      // Phase 3: operands.
+      make_factors(at, halves, shared);
+      if (between.is_rehearsal()) break;
+      between.before_image();
+      if (at.thread < K) image.store_decay(at.thread, exp2_approx(log2_decay));
+      [[fallthrough]];
+
+    case PrepPart::kOperands:
+      make_operands<T>(at, scales, exact, shared, image, rows, diagonal);
+      a_qk_diagonal = store_diagonal(at, scales, diagonal, shared);
+      if (between.is_rehearsal()) break;
+      prep_sync();
+      [[fallthrough]];
+
+    case PrepPart::kSystems:
+      // Phase 4: A_kk, A_qk and the diagonal inverses; kg in pairs of groups. The later groups have the more products,
+      // the warps of the earlier ones the rest of the work.
+      make_systems(at, rows, a_qk_diagonal, scales.step, shared, image);
+      if (at.group * kWarp < kChunk) invert_diagonal_blocks(at, shared);
+      if (between.is_rehearsal()) break;
+      if (at.thread == 2 * kWarp) image.store_header(exact);
+      if constexpr (Image::kTransposedKg) {
+        if (at.group < kGroups / 2) {
+          const int s = at.group;
 #pragma unroll
-      for (int j = 0; j < K / 32; ++j)
-        image.store_kg(s, j, at.lane, shared.groups[2 * s][j].operands.kg[at.lane],
-                       shared.groups[2 * s + 1][j].operands.kg[at.lane]);
-    }
+          for (int j = 0; j < K / 32; ++j)
+            image.store_kg(s, j, at.lane, shared.groups[2 * s][j].operands.kg[at.lane],
+                           shared.groups[2 * s + 1][j].operands.kg[at.lane]);
+        }
+      }
+      between.behind_image();
+      prep_sync();
+      between.behind_phase_4();
   }
-  between.behind_image();
-  prep_sync();
-  between.behind_phase_4();
   return exact;
 }
 

@@ -81,10 +81,11 @@ struct PrepInputs {
   uint32_t gates[kGroup][kOnlyT ? kChannels / 2 : kChannels];  // words; half of them for a 16-bit dtype
   Vec<float, kChannels> bias;                                  // dt_bias, or times log2(e)
   float rate;                                                  // A_log, or gate_rate() of it
-  uint16_t beta_words[2];                                      // the upper half, and the lower one of an fp32 beta
+  uint16_t beta_words[2] = {};                                 // the upper half, and the lower one of an fp32 beta
 
   __device__ __forceinline__ float beta(DType dtype) const {
-    if (dtype == DType::kF32) return __uint_as_float(uint32_t{beta_words[0]} << 16 | beta_words[1]);
+    if (std::is_same_v<T, Bf16> || dtype == DType::kF32)  // of a bf16 the lower half is 0
+      return __uint_as_float(uint32_t{beta_words[0]} << 16 | beta_words[1]);
     return to_float(bits_as<T>(beta_words[0]));
   }
 
@@ -135,16 +136,23 @@ struct PrepInputs {
       copy_octet<kWide>(&shared.q[j][at.group][at.lane], from_q + 32 * j);
     }
   }
-  __device__ __forceinline__ void load_beta(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task) {
-    const int64_t beta_at = token_of(at, task) * p.beta_token_stride + task.head * p.beta_head_stride;
-    const bool wide_beta = p.beta_dtype == DType::kF32;
-    const uint16_t* from_beta = static_cast<const uint16_t*>(p.beta) + (wide_beta ? 2 * beta_at : beta_at);
-    beta_words[0] = from_beta[wide_beta ? 1 : 0];
-    beta_words[1] = from_beta[0];
+  // From where beta_of() says: the beta of a token, or the upper half of one in fp32.
+  __device__ __forceinline__ void load_beta(const KdaPrefillParams& p, const char* at) {
+    const auto* const from = reinterpret_cast<const uint16_t*>(at);
+    beta_words[0] = __ldcg(from);
+    if (p.beta_dtype == DType::kF32) beta_words[1] = __ldcg(from - 1);
+  }
+  __device__ __forceinline__ static const char* beta_of(const KdaPrefillParams& p, uint64_t token, unsigned head) {
+    const int64_t at = token * p.beta_token_stride + head * p.beta_head_stride;
+    return static_cast<const char*>(p.beta) + (p.beta_dtype == DType::kF32 ? 4 * at + 2 : 2 * at);
   }
   __device__ __forceinline__ static uint64_t token_of(const PrepLane& at, const PrepTask& task) {
+    return task.first_token + static_cast<unsigned>(row_of(at, task.count));
+  }
+  // Rows past the end are the first one.
+  __device__ __forceinline__ static int row_of(const PrepLane& at, int count) {
     const int row = kGroup * at.group + at.g;
-    return task.first_token + static_cast<unsigned>(row < task.count ? row : 0);
+    return row < count ? row : 0;
   }
 
   // Gates of dtype T by way of shared memory, `rows` the chunk's one after the other: those of the warp's group to
@@ -180,7 +188,7 @@ struct PrepInputs {
     load_gates<kWide, G>(at, p, task);
     copy_keys<kWide>(at, p, task, shared);
     cp_async_commit();
-    load_beta(at, p, task);
+    load_beta(p, beta_of(p, token_of(at, task), task.head));
   }
   __device__ __forceinline__ void load(const PrepLane& at, const KdaPrefillParams& p, const PrepTask& task, bool wide,
                                        PrepShared<K>& shared) {

@@ -114,15 +114,15 @@ __device__ __forceinline__ uint4 powers_of(const PrepLane& at, const PrepShared<
   return *reinterpret_cast<const uint4*>(&shared.powers[at.group][which][32 * j + 8 * at.t]);
 }
 
-// Phase 3b. All operands of the group's tokens, of 32 channels kBegin to kEnd; the product of the group with itself
-// into `diagonal` (k rows, q rows).
-template <typename T, int kBegin, int kEnd, int K, typename Image>
-__device__ __forceinline__ void make_operands(const PrepLane& at, const TokenScales& scales, PrepShared<K>& shared,
-                                              Image& image, RowOperands<K>& rows, float (&diagonal)[4]) {
+// Phase 3b. All operands of the group's tokens; the product of the group with itself into `diagonal` (k rows, q rows).
+template <typename T, int K, typename Image>
+__device__ __forceinline__ void make_operands(const PrepLane& at, const TokenScales& scales, bool exact,
+                                              PrepShared<K>& shared, Image& image, RowOperands<K>& rows,
+                                              float (&diagonal)[4]) {
   const float q_scale = scales.q * kTf32Rounding, k_scale = scales.k * kTf32Rounding;
   const uint32_t identity = identity_operand<T>(at);
 #pragma unroll
-  for (int j = kBegin; j < kEnd; ++j) {
+  for (int j = 0; j < K / 32; ++j) {
     const int channel = 32 * j + 8 * at.t;
     auto& group = shared.groups[at.group][j];
     float q[8], k[8], k_column[8], factor[8];
@@ -178,11 +178,6 @@ __device__ __forceinline__ void make_operands(const PrepLane& at, const TokenSca
     else
       image.store_kg(at.group, j, at.lane, kg);
   }
-}
-
-// What is made of all of them.
-template <int K, typename Image>
-__device__ __forceinline__ void finish_operands(const PrepLane& at, bool exact, PrepShared<K>& shared, Image& image) {
   if constexpr (!Image::kTransposedKg) {
     if (exact) [[unlikely]] {  // it may be infinite
 #pragma unroll 1

@@ -26,9 +26,32 @@ struct WholeMaps {
   TensorMap q, k, g, v, out;
 };
 
+// When the blocks begin. Two neighbouring multiprocessors (of a TPC: blocks 2 n and 2 n + 1) share the way that
+// instructions come by, of which this kernel has too many for the nearest cache: they had better do the same at the
+// same time. All others had better not: when all states come and go at once, memory takes half as long again. So each
+// of eight pairs begins a bit later than the one before; and where some blocks have a head fewer than others, those
+// begin late, and are spread over the chip.
+struct WholeStart {
+  int step;             // between neighbouring pairs, in cycles
+  int late, late_from;  // what the blocks of the places from late_from on wait instead
+};
+
+// Of the block among all: the number of its first task. The order of pairs is such that the last places are all over
+// the chip, for neighbours in number are neighbours there.
+__device__ __forceinline__ int place_of_block() {
+  const int pairs = static_cast<int>(gridDim.x / 2), pair = static_cast<int>(blockIdx.x / 2), part = pair % 4;
+  if (pair == pairs) return static_cast<int>(blockIdx.x);  // the last one of an odd number
+  return 2 * (part * (pairs / 4) + min(part, pairs % 4) + pair / 4) + static_cast<int>(blockIdx.x % 2);
+}
+__device__ __forceinline__ int cycles_to_start(const WholeStart& start, int place) {
+  return place >= start.late_from ? start.late : static_cast<int>(blockIdx.x / 2 % 8) * start.step;
+}
+
 // What the first half has next; no tokens at the end.
 struct alignas(16) PrepWork {
   int first_token, count, head, qk_head;
+  const char* beta;  // of the first token, for PrepInputs::load_beta()
+  int is_box;        // the copy engine brings it
 };
 
 // A task: a head of a sequence.
@@ -57,6 +80,7 @@ struct WholeShared {
   PrepWork work;
   PrepAhead ahead;
   WholeTask chain, chain_next;  // what the second half is at
+  int boxes;                    // of values, in front of that
   // Barriers that count bytes: gates, with the work that they are for; q and k; values.
   uint64_t gates, keys, values;
 };
@@ -138,17 +162,15 @@ struct BetweenWholePhases {
       case 2:
         return PrepPart::kFactors;
       case 3:
-        return PrepPart::kFirstOperands;
-      case 5:
-        return PrepPart::kLastOperands;
+        return PrepPart::kOperands;
       case kAhead:
         return PrepPart::kAll;  // it starts the loads
       default:
         return PrepPart::kSystems;
     }
   }
-  __device__ __forceinline__ bool does(PrepPart part) const { return does_all() || rehearsal == part; }
-  __device__ __forceinline__ bool does_all() const { return rehearsal == PrepPart::kAll; }
+  __device__ __forceinline__ PrepPart part() const { return rehearsal; }
+  __device__ __forceinline__ bool is_rehearsal() const { return rehearsal != PrepPart::kAll; }
   // The second half only arrives there.
   __device__ __forceinline__ void sync_gates() {
     mbarrier_wait(&shared.keys, number & 1);
@@ -180,18 +202,23 @@ struct BetweenWholePhases {
         ahead.qk_head /= static_cast<int>(p.num_value_heads) / static_cast<int>(p.num_heads);
     }
     const int first_token = ahead.first_token, head = ahead.task.head;
-    const PrepWork work{first_token, min(ahead.task.end - first_token, kChunk), head, ahead.qk_head};
-    shared.work = work;
-    if (is_box(work.count)) {
+    const int count = min(ahead.task.end - first_token, kChunk), is_box = segment.boxes && count == kChunk;
+    if (is_box) {
       mbarrier_expect_tx(&shared.gates, sizeof(shared.gate_rows));
       tensor_copy(&shared.gate_rows, maps.g, head, first_token, &shared.gates);
     }
+    shared.work = {first_token,
+                   count,
+                   head,
+                   ahead.qk_head,
+                   segment.beta + first_token * int64_t{segment.beta_token_bytes} + head * segment.beta_head_bytes,
+                   is_box};
   }
   // And that of its q and k; the constants of the gates, if it is the first of a head. By the whole warp.
   __device__ __forceinline__ void start_keys() {
     if (at.lane == 0) {
       const PrepWork work = shared.work;
-      if (is_box(work.count)) {
+      if (work.is_box) {
         mbarrier_expect_tx(&shared.keys, 2 * sizeof(T) * kChunk * K);
         tensor_copy(&shared.prep.k_then_k_half, maps.k, work.qk_head, work.first_token, &shared.keys);
         tensor_copy(&shared.prep.q, maps.q, work.qk_head, work.first_token, &shared.keys);
@@ -207,13 +234,12 @@ struct BetweenWholePhases {
     }
     mbarrier_arrive(&shared.gates);
   }
-  __device__ __forceinline__ bool is_box(int count) const { return segment.boxes && count == kChunk; }
 };
 
 // The first half: all images but for T, one after the other.
 template <typename T, int K, int V>
 __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
-                                            WholeShared<K, V>& shared) {
+                                            const WholeStart& start, WholeShared<K, V>& shared) {
   using Inputs = PrepInputs<T, K, true>;
   using Between = BetweenWholePhases<T, K, V>;
   {
@@ -221,7 +247,9 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
     Between before_all{p, segment, maps, at, -1, shared};
     if (at.group == Between::kAhead) {
       if (at.lane == 0) {
-        load_task(p, blockIdx.x, shared.ahead.next);
+        const int place = place_of_block();
+        load_task(p, place, shared.ahead.next);
+        wait_cycles(cycles_to_start(start, place));
         before_all.start_gates();
       }
       __syncwarp();
@@ -230,13 +258,13 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
     }
   }
   int number = 0;
-  PrepPart rehearsal = Between::rehearsal_of(static_cast<int>(threadIdx.x / kWarp));
+  PrepPart rehearsal = segment.boxes ? Between::rehearsal_of(static_cast<int>(threadIdx.x / kWarp)) : PrepPart::kAll;
 #pragma unroll 1
   while (true) {
     if (rehearsal == PrepPart::kAll) mbarrier_wait(&shared.gates, number & 1);
     // A number that the compiler cannot see through: it would keep all addresses that depend on it alone, and spill.
     const PrepLane at(__shfl_sync(kFullWarp, static_cast<int>(threadIdx.x), static_cast<int>(threadIdx.x)));
-    PrepWork work{0, static_cast<int>(min(p.num_tokens, int64_t{kChunk})), 0, 0};  // a rehearsal's: any would do
+    PrepWork work{0, kChunk, 0, 0, segment.beta, 1};  // a rehearsal's: any would do
     if (rehearsal == PrepPart::kAll) work = shared.work;
     if (work.count == 0) break;
     PrepTask task;
@@ -245,11 +273,12 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
     task.first_token = work.first_token;
     task.count = work.count;
     Inputs inputs;
-    inputs.load_beta(at, p, task);
+    inputs.load_beta(
+        p, work.beta + static_cast<unsigned>(Inputs::row_of(at, work.count)) * uint64_t{segment.beta_token_bytes});
     inputs.rate = shared.rate;
     inputs.bias = load_vec<float, Inputs::kChannels>(&shared.bias[Inputs::kChannels * at.lane]);
     uint4* const gate_rows = &shared.gate_rows[0][0];
-    if (!segment.boxes || task.count < kChunk) [[unlikely]] {
+    if (!work.is_box) [[unlikely]] {
       if (segment.wide_inputs) {
         Inputs::template copy_gates<true>(at, p, task, gate_rows);
         Inputs::template copy_keys<true>(at, p, task, shared.prep);
@@ -367,16 +396,18 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
     return WholeStage<K>{shared.image.image.factors, shared.image.image.header, shared.v[tile]};
   };
 
-  int boxes = 0;  // of values so far
   find_place();
-  if (thread == 0) load_task(p, blockIdx.x, shared.chain_next);
+  if (thread == 0) load_task(p, place_of_block(), shared.chain_next);
   barrier_arrive(kSolvedBarrier, kWholeThreads<V>);
   barrier_arrive(kFreeBarrier, kWholeThreads<V>);
   barrier_sync(kStartedBarrier, kWarp + kWarpgroup);
 #pragma unroll 1
   while (true) {
     find_place();
-    if (thread == 0) shared.chain = take_task(p, shared.chain_next);
+    if (thread == 0) {
+      if (segment.boxes && shared.chain.slot >= 0) shared.boxes += (shared.chain.end - shared.chain.begin) / kChunk;
+      shared.chain = take_task(p, shared.chain_next);
+    }
     barrier_sync(kWarpgroupBarrier, kWarpgroup);
     if (is_behind_last(p, sequence())) break;
     if (tokens_left(0) > 0 && slot() < 0) {
@@ -405,8 +436,7 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
             tensor_copy(&shared.v, maps.v, head(), first_token(chunk), &shared.values);
             cp_async_wait<0>();  // for prefetch_state()
           }
-          mbarrier_wait(&shared.values, boxes & 1);
-          ++boxes;
+          mbarrier_wait(&shared.values, (read_anew(shared.boxes) + chunk) & 1);
         } else {
           if (thread == 0) {
             tensor_store_wait_read();
@@ -495,28 +525,14 @@ __device__ __forceinline__ void run_states(const KdaPrefillParams& p, const Segm
   if (threadIdx.x == kPrepThreads) tensor_store_wait_read();
 }
 
-// Asks for what the first chunk would wait for, one after the other: the maps, the constants of the block's first head.
-template <int K>
-__device__ __forceinline__ void prefetch_first(const KdaPrefillParams& p, const Segment& segment,
-                                               const WholeMaps& maps) {
-  if (segment.boxes && threadIdx.x == kPrepThreads) {
-    for (const TensorMap* map : {&maps.g, &maps.k, &maps.q, &maps.v, &maps.out}) prefetch_tensor_map(*map);
-  }
-  if (threadIdx.x >= kPrepThreads + kWarp && threadIdx.x < kPrepThreads + 2 * kWarp) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp,
-              head = blockIdx.x % static_cast<unsigned>(p.num_value_heads);
-    if (p.A_log && lane == 0) prefetch_l2(p.A_log + head);
-    if (p.dt_bias && lane < K / 32) prefetch_l2(p.dt_bias + head * K + 32 * lane);
-  }
-}
-
 template <typename T, int K, int V>
-__device__ __forceinline__ void run_whole(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps) {
+__device__ __forceinline__ void run_whole(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
+                                          const WholeStart& start) {
   auto& shared = shared_memory<WholeShared<K, V>>();
   if (threadIdx.x < K) shared.ones[threadIdx.x] = 1.0f;
-  prefetch_first<K>(p, segment, maps);
   if (threadIdx.x == 0) {
     shared.ahead.first_token = shared.ahead.task.end = 0;
+    shared.chain.begin = shared.chain.end = shared.chain.slot = shared.boxes = 0;
     mbarrier_init(&shared.gates, kWarp);
     mbarrier_init(&shared.keys, 1);
     mbarrier_init(&shared.values, 1);
@@ -525,21 +541,20 @@ __device__ __forceinline__ void run_whole(const KdaPrefillParams& p, const Segme
   __syncthreads();
   if (threadIdx.x < kPrepThreads) {
     set_max_registers_down<128>();
-    make_images<T, K, V>(p, segment, maps, shared);
+    make_images<T, K, V>(p, segment, maps, start, shared);
   } else {
     set_max_registers_up<248>();
     run_states<T, K, V>(p, segment, maps, shared);
   }
 }
 
-// SASS: tensor cores, 16-byte loads, stack 272 (256: the state in careful_chunk(), which is rare; of the second half,
-// which waits for the first, two numbers that are read a few times a chunk: registers are full)
+// SASS: tensor cores, 16-byte loads, stack 256 (the state in careful_chunk(), which is rare)
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kWholeThreads<V>, 1)
     kda_whole_sm90_kernel(const __grid_constant__ KdaPrefillParams p, const __grid_constant__ Segment segment,
-                          const __grid_constant__ WholeMaps maps) {
+                          const __grid_constant__ WholeMaps maps, const __grid_constant__ WholeStart start) {
   if constexpr (kHasSm90)
-    run_whole<T, K, V>(p, segment, maps);
+    run_whole<T, K, V>(p, segment, maps, start);
   else
     __trap();
 }

@@ -151,6 +151,7 @@ inline void cp_async_8(void* shared, const void* global, bool valid = true) {
   emulator::copy_async(shared, global, 8, valid);
 }
 inline void prefetch_l2(const void*) {}
+inline void wait_cycles(int) {}
 inline void cp_async_4(void* shared, const void* global, bool valid = true) {
   emulator::copy_async(shared, global, 4, valid);
 }

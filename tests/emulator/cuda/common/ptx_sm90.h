@@ -48,7 +48,6 @@ inline void bulk_copy_multicast(void* shared, const void* global, uint32_t bytes
 inline void tensor_copy(void* shared, const TensorMap& map, int head, int token, uint64_t* barrier) {
   emulator::tensor_copy(shared, map.shape, head, token, barrier);
 }
-inline void prefetch_tensor_map(const TensorMap&) {}
 inline void tensor_store(const void* shared, const TensorMap& map, int head, int token) {
   emulator::tensor_store(shared, map.shape, head, token);
 }
