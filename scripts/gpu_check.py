@@ -146,7 +146,7 @@ def make_jobs(
             front = [sanitizer, "--tool", tool, *SANITIZER_OPTIONS, *TOOL_OPTIONS[tool]]
             # Every tensor is an allocation of its own, so that an access past its end is seen; and the same kernels as in the emulator,
             # with which tests/sanitized.txt was chosen.
-            environment = {"KIMI_SANITIZER": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "KIMI_CUDA_MULTIPROCESSORS": "3"}
+            environment = {"KIMI_SANITIZER": tool, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "KIMI_CUDA_MULTIPROCESSORS": "3"}
             environment["KIMI_CUDA_PATH"] = "" if kind else "portable"
             group.append(job(f"{tool} {kind}".strip(), tool, environment, front, ["-v"]))
         groups.append(group)

@@ -58,8 +58,10 @@ def kernels(request, monkeypatch):
     """The kernels of a call with few heads, an fp32 state and gates of the inputs' dtype."""
     monkeypatch.setenv("KIMI_CUDA_MULTIPROCESSORS", str(MULTIPROCESSORS[request.param]))
     if request.param == "one":  # sequences of one token, if that were true: no block would have more to do than others
+        if SANITIZER == "racecheck":
+            pytest.skip("racecheck does not follow barriers of a part of the block (docs/architecture.md)")
         one = functools.partial(kda_prefill, max_seqlen=1)
-        if SANITIZER:  # initcheck does not see what the copy engine stores
+        if SANITIZER == "initcheck":  # it does not see what the copy engine stores
             one = functools.partial(on_zeros, one)
         monkeypatch.setattr(test_kda_prefill, "kda_prefill", one)
         monkeypatch.setitem(globals(), "kda_prefill", one)
