@@ -17,6 +17,7 @@ import bench_report  # noqa: E402
 import devices  # noqa: E402
 import harness  # noqa: E402
 import kda_accuracy  # noqa: E402
+import kda_decode_graph  # noqa: E402
 import kda_gates  # noqa: E402
 import kda_inputs  # noqa: E402
 import peers  # noqa: E402
@@ -254,6 +255,27 @@ def test_recorded_errors_are_what_is_promised(path):
     assert {r["tokens"] for r in ours} == {512, 8192, 131072}
     for r in ours:
         assert r["output"] <= kda_accuracy.MAX_OUTPUT and r["state"] <= kda_accuracy.MAX_STATE
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_calls_in_a_graph_need_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kda_decode_graph.py"])
+    assert kda_decode_graph.main() == 2
+    assert capsys.readouterr().err == "kda_decode_graph: no CUDA device\n"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results" / "decode").glob("*.json")), ids=lambda path: path.stem)
+def test_recorded_decode_steps_are_ahead_of_fla(path):
+    """The whole of a step takes less than fla's recurrence alone where the state counts, and ours alone always does."""
+    head, *records = json.loads(path.read_text())
+    assert {"date", "commit", "command", "versions", "machine"} <= head.keys()
+    us = {(r["op"], r["sequences"], r["tokens"]): r["us"] for r in records}
+    for batch in (1, 4, 16, 64, 256):
+        fla = us["fla, recurrence alone", batch, 1]
+        assert us["kda_decode", batch, 1] < fla
+        assert us["kda_decode_fused", batch, 1] < fla or batch == 1
+        steps = [us["kda_decode_fused", batch, tokens] for tokens in (1, 2, 4, 8)]
+        assert steps == sorted(steps)
 
 
 TIMES = sorted((ROOT / "bench" / "results" / "gates").glob("*.json"))
