@@ -6,8 +6,8 @@
     kernel_coverage.py choose build-emulated/launches*   prints a new tests/sanitized.txt
 
 tests/sanitized.txt lists the tests that run under compute-sanitizer (KIMI_SANITIZER names its tool), where one takes a hundred times
-as long: for every kernel one in which it runs, and every test function with a small case once. Kernels that no test runs in the emulator, a gap
-that is known, stand there too, as comments: `# not run: NAME`. Standard library only.
+as long: for every kernel one in which it runs, and every test function with a small case once. Kernels that no test runs in the
+emulator, a gap that is known, stand there too, as comments: `# not run: NAME`. Standard library only.
 """
 
 from __future__ import annotations
