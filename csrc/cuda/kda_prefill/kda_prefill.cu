@@ -179,7 +179,7 @@ struct Plan {
 };
 
 // Whether the one kernel for whole heads is the faster way, as far as the caller lets us know: it is where no block has
-// much more to do than others. In us; kWholeTime for a chunk of a head, which takes 6.1 where the chip is even.
+// much more to do than others. In us; kWholeTime for a chunk of a head, which takes 6.0 where the chip is even.
 constexpr double kWholeTime = 7.0, kWholeStart = 6.0, kChunkedStart = 12.0;
 bool are_alike(const KdaPrefillParams& p) {
   return std::min(p.max_seqlen, p.num_tokens) * p.num_sequences == p.num_tokens;

@@ -207,12 +207,8 @@ struct BetweenWholePhases {
       mbarrier_expect_tx(&shared.gates, sizeof(shared.gate_rows));
       tensor_copy(&shared.gate_rows, maps.g, head, first_token, &shared.gates);
     }
-    shared.work = {first_token,
-                   count,
-                   head,
-                   ahead.qk_head,
-                   segment.beta + first_token * int64_t{segment.beta_token_bytes} + head * segment.beta_head_bytes,
-                   is_box};
+    const int64_t to_beta = first_token * int64_t{segment.beta_token_bytes} + head * segment.beta_head_bytes;
+    shared.work = {first_token, count, head, ahead.qk_head, segment.beta + to_beta, is_box};
   }
   // And that of its q and k; the constants of the gates, if it is the first of a head. By the whole warp.
   __device__ __forceinline__ void start_keys() {
