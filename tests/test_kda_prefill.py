@@ -178,6 +178,16 @@ def test_options(gate, change, dtype, size, device):
     check_against_spec(args, device)
 
 
+@pytest.mark.parametrize("device, dtype", HALF_DTYPES)
+@pytest.mark.parametrize("size", [64, 128])
+def test_beta_in_float32(size, dtype, device):
+    """Beside 16-bit inputs, in rows of something larger: all of its bits count, and nothing else's."""
+    args = problem([130, 3, 64], 1, 2, size, size, dtype)
+    rows = torch.full((len(args["beta"]), 5), NAN)
+    rows[:, 1:3] = randn(len(rows), 2, seed=7, scale=2.0)
+    check_against_spec(args | {"beta": rows[:, 1:3]}, device)
+
+
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("key_dim, value_dim", [(32, 48), (64, 64)])
 @pytest.mark.parametrize("which", [["v"], ["q", "k"], ["v", "state"], ["q", "k", "v", "state"], ["state"]])

@@ -19,6 +19,7 @@ from test_kda_prefill import (  # noqa: F401
     problem,
     reference,
     test_a_call_in_several_segments,
+    test_beta_in_float32,
     test_correlated_keys_and_large_steps,
     test_fresh_sequences_do_not_read_their_slot,
     test_keys_and_steps_that_are_not_normalized,
