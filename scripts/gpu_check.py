@@ -11,7 +11,8 @@ Steps, in this order; each is one run of pytest under a time limit of its own:
              driver compiles: what any card from compute capability 8.0 on runs
   memcheck, racecheck, initcheck, synccheck
              compute-sanitizer over the tests in tests/sanitized.txt, the four side by side, with KIMI_CUDA_PATH=portable; then, without,
-             over those of the kernels for Hopper alone (tests/test_<op>_sm90.py)
+             over those of the kernels for Hopper alone (tests/test_<op>_sm90.py), racecheck with a library of its own, whose barriers
+             it follows (target _ops_racecheck, csrc/cuda/common/ptx.h)
 
 Exit code 0: all well. 1: something failed or could not be run. 2: nothing can be checked here (no GPU, no build).
 """
@@ -115,7 +116,8 @@ def make_jobs(
     workers: int,
     sanitizer: str | None,
 ) -> list[list[Job]]:
-    """Groups of jobs; the jobs of a group run side by side. `libraries`: where _ops.so lies for the steps `native` and `portable`.
+    """Groups of jobs; the jobs of a group run side by side. `libraries`: where _ops.so lies for the steps `native`, `portable` and, on
+    Hopper, `racecheck`.
     `sanitizer`: the program, if a step needs it."""
     base = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "python"), os.environ.get("PYTHONPATH")])),
@@ -148,6 +150,8 @@ def make_jobs(
             # with which tests/sanitized.txt was chosen.
             environment = {"KIMI_SANITIZER": tool, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "KIMI_CUDA_MULTIPROCESSORS": "3"}
             environment["KIMI_CUDA_PATH"] = "" if kind else "portable"
+            if kind and tool == "racecheck":
+                environment["KIMI_NATIVE_LIB_DIR"] = str(libraries["racecheck"])
             group.append(job(f"{tool} {kind}".strip(), tool, environment, front, ["-v"]))
         groups.append(group)
     return [group for group in groups if group]
@@ -321,19 +325,19 @@ def newest(root: Path) -> float:
     return max(path.stat().st_mtime for path in files)
 
 
-def build(directory: Path, *, allowed: bool) -> Path:
-    """The directory with the libraries, built if that is needed and allowed."""
-    library = directory / "lib" / "_ops.so"
+def build(directory: Path, *, allowed: bool, kind: str = "") -> Path:
+    """The directory with the libraries, built if that is needed and allowed. `kind`: "-racecheck", for those of that tool."""
+    library, target = directory / f"lib{kind}" / "_ops.so", f"_ops{kind}".replace("-", "_")
     if not allowed:
         if not library.is_file():
-            raise CannotCheck(f"--no-build, but there is no {library}")
+            raise CannotCheck(f"--no-build, but there is no {library}, which target {target} makes")
         return library.parent
     carried = not (directory / "build.ninja").is_file()  # built elsewhere
     if library.is_file() and (carried or library.stat().st_mtime >= newest(ROOT)):
         return library.parent
     commands = [
         ["cmake", "--preset", "gpu", "-B", str(directory), f"-DPython_EXECUTABLE={sys.executable}"],
-        ["cmake", "--build", str(directory)],
+        ["cmake", "--build", str(directory), *(["--target", target] if kind else [])],
     ]
     for command in commands:
         print("+", shlex.join(command), flush=True)
@@ -367,6 +371,8 @@ def check(args: argparse.Namespace) -> int:
     directory = Path(os.path.abspath(args.build_dir))
     libraries = {"native": build(directory, allowed=not args.no_build)}
     device, capability, torch, cuda = probe(libraries["native"] / "_ops.so")
+    if "racecheck" in args.steps and find_files(ROOT, args.op, sanitized=True, hopper=True):
+        libraries["racecheck"] = build(directory, allowed=not args.no_build, kind="-racecheck")
     sanitizer = find_sanitizer()
     if sanitizer is None and set(args.steps) & set(SANITIZERS):
         raise CannotCheck("no compute-sanitizer (in PATH, $CUDA_HOME/bin or $COMPUTE_SANITIZER); --steps native,portable does without")

@@ -56,7 +56,8 @@ def test_files_with_tests_on_a_gpu(source):
 
 
 def test_jobs(source, tmp_path):
-    more = dict(libraries={"native": tmp_path / "lib", "portable": tmp_path / "ptx"}, scratch=tmp_path, workers=3, sanitizer="CS")
+    libraries = {"native": tmp_path / "lib", "portable": tmp_path / "ptx", "racecheck": tmp_path / "race"}
+    more = dict(libraries=libraries, scratch=tmp_path, workers=3, sanitizer="CS")
 
     def jobs(*steps, **change):
         return [[job.name for job in group] for group in make_jobs(source, list(steps), [], **more | change)]
@@ -70,7 +71,7 @@ def test_jobs(source, tmp_path):
     for job in (job for group in make_jobs(source, gpu_check.STEPS, [], **more) for job in group):
         suits_the_card = job.name == "native" or job.name.endswith("sm90")
         assert job.environment["KIMI_CUDA_PATH"] == ("" if suits_the_card else "portable")
-        assert job.environment["KIMI_NATIVE_LIB_DIR"] == str(tmp_path / ("ptx" if job.name == "portable" else "lib"))
+        assert job.environment["KIMI_NATIVE_LIB_DIR"] == str(tmp_path / {"portable": "ptx", "racecheck sm90": "race"}.get(job.name, "lib"))
         sanitized = job.step in gpu_check.SANITIZERS
         assert job.environment.get("KIMI_SANITIZER") == (job.step if sanitized else None)
         assert sanitized == (job.command[:3] == ["CS", "--tool", job.step])
@@ -212,6 +213,8 @@ def test_build_that_is_not_there(tmp_path):
     (tmp_path / "lib" / "_ops.so").touch()
     os.utime(tmp_path / "lib" / "_ops.so", (0, 0))  # older than the sources, but there is nothing to build it with
     assert gpu_check.build(tmp_path, allowed=False) == gpu_check.build(tmp_path, allowed=True) == tmp_path / "lib"
+    with pytest.raises(CannotCheck, match="lib-racecheck/_ops.so, which target _ops_racecheck makes"):
+        gpu_check.build(tmp_path, allowed=False, kind="-racecheck")
 
 
 def fat_binary(*entries: tuple[int, bytes]) -> bytes:

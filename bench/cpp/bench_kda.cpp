@@ -162,6 +162,7 @@ struct Step {
     p.beta_token_stride = kHeads;
     p.beta_head_stride = 1;
     p.state_slot_stride = kHeads * kDim * kDim;
+    p.num_slots = slots;
     p.scale = 1 / std::sqrt(static_cast<float>(kDim));
     p.dtype = p.g_dtype = p.beta_dtype = dtype;
     return p;

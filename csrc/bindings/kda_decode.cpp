@@ -38,6 +38,7 @@ static const Register kda_decode([](Module& m) {
       .value("out_token_stride", &P::out_token_stride)
       .value("out_head_stride", &P::out_head_stride)
       .value("state_slot_stride", &P::state_slot_stride)
+      .value("num_slots", &P::num_slots)
       .value("scale", &P::scale)
       .value("lower_bound", &P::lower_bound)
       .value("gate", &P::gate)

@@ -159,6 +159,7 @@ static void check_decode(const kimi::KdaDecodeParams& p, const char* name) {
   kimi::check_kda(p, name);
   KIMI_CHECK(p.tokens_per_sequence >= 1 && p.tokens_per_sequence <= kimi::kMaxDecodeTokens, name,
              ": takes 1 to 8 tokens of each sequence, got ", p.tokens_per_sequence);
+  KIMI_CHECK(p.num_slots >= 0, name, ": num_slots must not be negative, got ", p.num_slots);
   if (p.num_sequences == 0) return;
   KIMI_CHECK(p.g && p.beta && p.state && p.slots && p.out, name, ": g, beta, state, slots and out must not be null");
 }

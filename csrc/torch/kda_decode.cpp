@@ -1,5 +1,7 @@
 #include "kimi/kda_decode.h"
 
+#include <algorithm>
+
 #include "kimi/short_conv.h"
 #include "torch/kda.h"
 
@@ -27,6 +29,7 @@ void kda_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
   set_kda_params(p, "kda_decode", q, g, beta, state, slots,
                  {A_log, dt_bias, gate, lower_bound, scale, use_qk_l2norm, use_beta_sigmoid}, out, 2);
   check_shape(slots, "kda_decode: slots", {q.size(0)});
+  p.num_slots = state.size(0);
   set_num_commit(p, "kda_decode: num_commit", num_commit, q);
   const Tensor workspace = workspace_of(q, workspace_bytes(q, p, KIMI_BACKENDS(kda_decode_workspace_bytes)));
   p.workspace = mutable_pointer(workspace);
@@ -78,6 +81,7 @@ void kda_decode_fused(const Tensor& qkv, const Tensor& conv_weight, const Tensor
   p.conv_state = mutable_pointer(conv_state);
   p.qkv_token_stride = token_stride_of(qkv, "kda_decode_fused: qkv", 2);
   p.conv_state_slot_stride = conv_state.stride(0);
+  p.kda.num_slots = std::min(state.size(0), conv_state.size(0));
   p.norm_eps = static_cast<float>(norm_eps);
   const Tensor workspace = workspace_of(qkv, workspace_bytes(qkv, p, KIMI_BACKENDS(kda_decode_fused_workspace_bytes)));
   p.workspace = mutable_pointer(workspace);

@@ -13,6 +13,7 @@
 #include "cuda/common/ptx_sm90.h"
 #include "cuda/common/tensor_map.h"
 #include "elements.h"
+#include "kimi/kda_decode.h"
 
 namespace kimi::cuda {
 namespace {
@@ -418,6 +419,7 @@ __global__ void multicast(const int* in, int* out) {
 __global__ void barrier_votes(int* out, int who) {
   if constexpr (kHasSm90) {
     const int half = threadIdx.x / 64, i = threadIdx.x;
+    for (int id : {1, 2}) barrier_begin(id, 64);
     out[i] = barrier_or(1 + half, 64, i == who);
     out[128 + i] = barrier_or(1 + half, 64, i == who + 64);
   } else {
@@ -450,6 +452,58 @@ __global__ void store_by_stmatrix(uint16_t* out) {
   } else {
     __trap();
   }
+}
+
+__global__ void write_slot_late(int32_t* slots, int32_t slot) {
+  if constexpr (kHasSm90) {
+    grid_launch_dependents();
+    wait_cycles(100000);
+    *slots = slot;
+  } else {
+    __trap();
+  }
+}
+
+// kda_decode looks at its slots while the kernel in front may still write them: whatever is there before, the result is
+// that of the slot that is there in the end.
+void test_slots_of_the_kernel_in_front(Checker& checker) {
+  constexpr int kHeads = 2, kDim = 64, kSlots = 3, kRight = 2;
+  const auto numbers = [](int count, int seed) {
+    std::vector<float> x(count);
+    for (int i = 0; i < count; ++i) x[i] = std::sin(static_cast<float>(7 * i + seed));
+    return x;
+  };
+  Buffer<float> q(numbers(kHeads * kDim, 1)), k(numbers(kHeads * kDim, 2)), v(numbers(kHeads * kDim, 3)),
+      g(numbers(kHeads * kDim, 4)), beta(numbers(kHeads, 5));
+  const auto decode = [&](int32_t before) {
+    Buffer<float> state(numbers(kSlots * kHeads * kDim * kDim, 6)), out(kHeads * kDim);
+    Buffer<int32_t> slots(std::vector<int32_t>{before});
+    KdaDecodeParams p;
+    p.q = q.get(), p.k = k.get(), p.v = v.get(), p.g = g.get(), p.beta = beta.get();
+    p.state = state.get(), p.slots = slots.get(), p.out = out.get();
+    p.num_sequences = p.tokens_per_sequence = 1;
+    p.num_heads = p.num_value_heads = kHeads;
+    p.key_dim = p.value_dim = kDim;
+    p.q_token_stride = p.k_token_stride = p.v_token_stride = p.g_token_stride = p.out_token_stride = kHeads * kDim;
+    p.q_head_stride = p.k_head_stride = p.v_head_stride = p.g_head_stride = p.out_head_stride = kDim;
+    p.beta_token_stride = kHeads, p.beta_head_stride = 1;
+    p.state_slot_stride = kHeads * kDim * kDim, p.num_slots = kSlots;
+    p.gate = KdaGate::kBounded;
+    launch(write_slot_late, 1, 1, 0, nullptr, slots.get(), kRight);
+    kda_decode(p, nullptr);
+    std::vector<float> result = state.read();
+    for (float x : out.read()) result.push_back(x);
+    return result;
+  };
+  const std::vector<float> expected = decode(kRight);
+  bool good = true;
+  for (int32_t before : {-1, 0, 1, kSlots, 0x7fffffff}) good = good && decode(before) == expected;
+  const std::vector<float> untouched = numbers(kSlots * kHeads * kDim * kDim, 6);
+  const int slot_size = kHeads * kDim * kDim;
+  good = good && std::equal(untouched.begin(), untouched.begin() + kRight * slot_size, expected.begin());
+  good = good &&
+         !std::equal(untouched.begin() + kRight * slot_size, untouched.end(), expected.begin() + kRight * slot_size);
+  checker.check(good, "kda_decode with slots that the kernel in front writes late");
 }
 
 void test_sm90(Checker& checker) {
@@ -512,6 +566,8 @@ void test_sm90(Checker& checker) {
   launch(copies_that_arrive, 1, 128, sizeof(ArriveShared), nullptr, forwards.get(), backwards.get());
   std::reverse(reversed.begin(), reversed.end());
   checker.check(backwards.read() == reversed, "copies of threads that arrive at a barrier");
+
+  test_slots_of_the_kernel_in_front(checker);
 
   launch(barrier_votes, 1, 128, 0, nullptr, votes.get(), 17);
   const auto vote = votes.read();

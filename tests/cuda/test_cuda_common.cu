@@ -343,6 +343,7 @@ struct HalvesShared {
 __global__ void halves(int* out, int turns) {
   auto& shared = shared_memory<HalvesShared>();
   const int half = threadIdx.x / 64, i = threadIdx.x % 64;
+  for (int id : {1, 2}) barrier_begin(id, 64);
   shared.values[half][i] = static_cast<int>(threadIdx.x);
   for (int turn = 0; turn < (half == 0 ? turns : 3 * turns); ++turn) {
     barrier_sync(1 + half, 64);
@@ -358,6 +359,7 @@ __global__ void halves(int* out, int turns) {
 __global__ void hand_over(int* out, int rounds) {
   auto& values = shared_memory<HalvesShared>().values[0];
   const int i = threadIdx.x % 64;
+  for (int id : {1, 2}) barrier_begin(id, 128);
   for (int round = 0; round < rounds; ++round) {
     if (threadIdx.x < 64) {
       if (round > 0) barrier_sync(2, 128);

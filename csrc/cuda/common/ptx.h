@@ -178,6 +178,13 @@ __device__ __forceinline__ void prefetch_l2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
+// What the L2 cache has, whatever this multiprocessor has read before; another kernel may be writing it.
+__device__ __forceinline__ int32_t load_relaxed(const int32_t* global) {
+  int32_t v;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(global) : "memory");
+  return v;
+}
+
 // ---- Special functions (ex2, lg2, rcp, rsqrt, tanh; relative error about 2^-22, tanh 2^-11) ------------------------
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -236,14 +243,52 @@ __device__ __forceinline__ void keep_branch() {
 
 // ---- Barriers (barrier.sync) ---------------------------------------------------------------------------------------
 
-// Waits for `threads` threads (a multiple of 32) of the block at barrier `id`, 1 to 15; 0 is __syncthreads.
+// Of a part of the block: `threads` threads, a multiple of 32, always the same number at barrier `id`, 1 to 15.
+//
+// compute-sanitizer's racecheck counts the barriers that a thread comes to, so that those of a part make it report what
+// they order. It follows mbarriers, if all threads arrive themselves: with KIMI_RACECHECK these functions are the same
+// by mbarriers (target kimi_racecheck).
+
+#ifndef KIMI_RACECHECK
+
+inline constexpr bool kRacecheck = false;
+
+// By all threads of the block, at its beginning, for each barrier.
+__device__ __forceinline__ void barrier_begin(int /*id*/, int /*threads*/) {}
+
+// Waits for all.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Comes to such a barrier and does not wait: others do, with barrier_sync(), and find what was written here before.
+// Comes to the barrier and does not wait: others do, with barrier_sync(), and find what was written here before.
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+
+#else
+
+inline constexpr bool kRacecheck = true;
+
+__device__ __forceinline__ uint32_t barrier_address(int id) {
+  __shared__ uint64_t barriers[16];
+  return shared_address(&barriers[id]);
+}
+__device__ __forceinline__ void barrier_begin(int id, int threads) {
+  if (threadIdx.x == 0)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier_address(id)), "r"(threads) : "memory");
+  __syncthreads();
+}
+__device__ __forceinline__ void barrier_sync(int id, int /*threads*/) {
+  asm volatile(
+      "{.reg .b64 phase; .reg .pred done; mbarrier.arrive.shared::cta.b64 phase, [%0]; "
+      "again: mbarrier.test_wait.shared::cta.b64 done, [%0], phase; @!done bra again;}" ::"r"(barrier_address(id))
+      : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int id, int /*threads*/) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier_address(id)) : "memory");
+}
+
+#endif
 
 }  // namespace kimi::cuda

@@ -71,6 +71,10 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
                "l"(global), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
+// To the L2 cache alone.
+__device__ __forceinline__ void bulk_prefetch_l2(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 // A box of a tensor (tensor_map.h), `token` its first one.
 __device__ __forceinline__ void tensor_copy(void* shared, const TensorMap& map, int head, int token,
                                             uint64_t* barrier) {
@@ -268,12 +272,23 @@ __device__ __forceinline__ void set_max_registers_down() {
 
 // barrier_sync, and whether the predicate of any of its threads holds.
 __device__ __forceinline__ bool barrier_or(int id, int threads, bool predicate) {
+#ifndef KIMI_RACECHECK
   int any;
   asm volatile("{.reg .pred p, q; setp.ne.b32 p, %3, 0; barrier.cta.red.or.pred q, %1, %2, p; selp.b32 %0, 1, 0, q;}"
                : "=r"(any)
                : "r"(id), "r"(threads), "r"(static_cast<int>(predicate))
                : "memory");
   return any != 0;
+#else
+  __shared__ int any[16];
+  atomicExch(&any[id], 0);
+  barrier_sync(id, threads);
+  if (predicate) atomicExch(&any[id], 1);
+  barrier_sync(id, threads);
+  const bool result = atomicAdd(&any[id], 0) != 0;
+  barrier_sync(id, threads);  // for the next one's zero
+  return result;
+#endif
 }
 
 }  // namespace kimi::cuda

@@ -409,12 +409,51 @@ struct StateTile {
   }
 };
 
+// How a launch begins on Hopper. Few heads wait for latencies, one after the other: their blocks look ahead. Many heads
+// wait for memory, which is fastest when some blocks read while others write: the first blocks, which would all read at
+// once, begin one after the other.
+struct Beginning {
+  bool look_ahead;
+  int paced_blocks, cycles;  // how many blocks, and between one and the next
+};
+
+// Brings half of the block's rows, and the state of its convolution, to the L2 cache while the kernel in front may
+// still run; by one warp. Should that kernel write `slots`, it may be another slot's memory that comes, and nothing
+// changes.
+template <typename Config>
+__device__ __forceinline__ void look_ahead(const KdaDecodeFusedParams& p, int64_t n, int h, int hv, int first_row,
+                                           int rows, int lane) {
+  constexpr int kKeys = Config::kKeys;
+  const int32_t slot = load_relaxed(p.kda.slots + n);
+  if (slot < 0 || slot >= p.kda.num_slots) return;
+  if (lane == 0) {
+    const auto* state = static_cast<const typename Config::State*>(p.kda.state) + slot * p.kda.state_slot_stride;
+    const uint32_t row_bytes = sizeof(*state) * kKeys;
+    bulk_prefetch_l2(state + (hv * p.kda.value_dim + first_row) * kKeys,
+                     row_bytes * static_cast<uint32_t>(ceil_div(rows, 2)));
+  }
+  if constexpr (Config::kFused) {
+    using T = typename Config::T;
+    constexpr int kLine = 128 / sizeof(T);
+    const Convolution<T, false> conv(p, n, slot);
+    const Head<Config> head{p, conv, n, h, hv, first_row, first_row + rows, lane};
+    const auto prefetch = [&](int first_channel, int channels) {
+      for (int i = kLine * lane; i < kPast * channels; i += kLine * kWarp)
+        prefetch_l2(conv.state + i / channels * conv.num_channels + first_channel + i % channels);
+    };
+    prefetch(head.q_channel(), kKeys);
+    prefetch(head.k_channel(), kKeys);
+    prefetch(head.v_channel(), rows);
+  }
+}
+
 // Grid: (slice, value head, sequence from first_sequence on): blocks in the order of their memory. key_heads_per_head:
 // num_heads / num_value_heads times 2^32, rounded up.
 // SASS: 16-byte loads
 template <typename Config>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
-    kda_decode_kernel(KdaDecodeFusedParams p, uint64_t key_heads_per_head, int64_t first_sequence) {
+    kda_decode_kernel(KdaDecodeFusedParams p, Beginning beginning, uint64_t key_heads_per_head,
+                      int64_t first_sequence) {
   using T = typename Config::T;
   constexpr int kKeys = Config::kKeys, kWarpRows = Config::kWarpRows;
   auto& shared = shared_memory<SharedStorage<kKeys>>();
@@ -426,10 +465,17 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
   const int value_dim = static_cast<int>(p.kda.value_dim);
   const int slice_rows = gridDim.x == 1 ? value_dim : warps * kWarpRows, first_row = blockIdx.x * slice_rows;
   const int end_row = first_row + slice_rows < value_dim ? first_row + slice_rows : value_dim;
+  const auto key_head = [&] { return static_cast<int>(blockIdx.y * key_heads_per_head >> 32); };
   // On Hopper, where the launch may overlap the kernel in front. The one behind may start as well, and will wait here.
   if constexpr (kHasSm90) {
+    if constexpr (!Config::kGeneral) {
+      if (beginning.look_ahead && warp == warps - 1)
+        look_ahead<Config>(p, n, key_head(), hv, first_row, end_row - first_row, lane);
+    }
     grid_dependency_wait();
     grid_launch_dependents();
+    const int64_t block = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    if (block < beginning.paced_blocks) wait_cycles(static_cast<int>(block) * beginning.cycles);
   }
   const int32_t slot = p.kda.slots[n];
 
@@ -442,8 +488,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
   if (slot >= 0 && row < end_row) tile.load(at, row_lane, key_dim);
 
   // Phase 2: a skipped sequence has zeros and nothing else.
-  const int h = static_cast<int>(blockIdx.y * key_heads_per_head >> 32);
-  const Head<Config> head{p, {p, n, slot}, n, h, hv, first_row, end_row, lane};
+  const Head<Config> head{p, {p, n, slot}, n, key_head(), hv, first_row, end_row, lane};
   if (slot < 0) {
     for (int t = warp; t < num_tokens; t += warps) head.write_zeros(t);
     return;
@@ -509,6 +554,17 @@ inline bool many_heads(const KdaDecodeParams& p) {
   return p.num_sequences * p.num_value_heads > 2 * multiprocessors();
 }
 
+template <typename Config>
+Beginning beginning_of(const KdaDecodeParams& p, const Shape& shape) {
+  constexpr int kStateBytes = sizeof(typename Config::State);
+  if (!use_sm90()) return {};
+  if (!many_heads(p)) return {.look_ahead = p.num_slots > 0 && p.state_slot_stride * kStateBytes % 16 == 0};
+  // What a block loads at once, in as many cycles as memory takes to read it while it writes half as much: 2,400 bytes
+  // a cycle of an H200.
+  const int bytes = shape.warps * Config::kWarpRows * Config::kKeys * kStateBytes;
+  return {.paced_blocks = multiprocessors() * (2 * kMaxWarps / shape.warps), .cycles = bytes / 1600};
+}
+
 // Launches the kernel, on Hopper so that its blocks are in place when the kernel in front ends. `aligned`: whether
 // accesses of four elements are; shape_of(rows that a warp holds) is a Shape.
 template <bool kFused, typename ShapeOf>
@@ -516,13 +572,14 @@ void launch_kernel(const KdaDecodeFusedParams& p, bool aligned, ShapeOf&& shape_
   dispatch_dtype(p.kda.dtype, [&]<typename T>() {
     const auto run = [&]<typename Config>() {
       const Shape shape = shape_of(Config::kWarpRows);
+      const Beginning beginning = beginning_of<Config>(p.kda, shape);
       for (int64_t first = 0; first < p.kda.num_sequences; first += kMaxGridZ) {
         const int64_t left = p.kda.num_sequences - first;
         launch({.overlap = use_sm90()}, kda_decode_kernel<Config>,
                dim3(static_cast<unsigned>(shape.slices), static_cast<unsigned>(p.kda.num_value_heads),
                     static_cast<unsigned>(left < kMaxGridZ ? left : kMaxGridZ)),
                dim3(static_cast<unsigned>(shape.warps * kWarp)),
-               p.kda.tokens_per_sequence * sizeof(Token<Config::kKeys>), stream, p,
+               p.kda.tokens_per_sequence * sizeof(Token<Config::kKeys>), stream, p, beginning,
                ceil_div<uint64_t>(uint64_t{1} << 32, p.kda.num_value_heads / p.kda.num_heads), first);
       }
     };

@@ -239,6 +239,7 @@ template <typename T, int K, int V>
 __device__ __forceinline__ void run_chain(const KdaPrefillParams& p, const Segment& segment) {
   using Ring = ChainRing<T, K, V>;
   auto& shared = shared_memory<ChainSharedSm90<K>>();
+  barrier_begin(kWarpgroupBarrier, kWarpgroup);
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarp, 0);
   const int slice = static_cast<int>(blockIdx.x) % Ring::kCluster;
 

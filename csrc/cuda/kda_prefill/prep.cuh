@@ -141,6 +141,7 @@ __global__ void __launch_bounds__(kPrepThreads, 2)
   // Where this kernel and the second one overlap (kda_prefill.cu): once all blocks are under way, those of the second
   // one may come, and wait; and this one ends only when the second one of the segment before has.
   if constexpr (kHasSm90) grid_launch_dependents();
+  barrier_begin(kPrepBarrier, kPrepThreads);
   prepare_chunk<T, K, Image>(p, segment);
   if constexpr (kHasSm90) {
     if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1) grid_dependency_wait();

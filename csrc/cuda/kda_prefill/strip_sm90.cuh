@@ -522,6 +522,7 @@ __device__ __forceinline__ void run_strip(const KdaPrefillParams& p, const Segme
 template <typename T, int K, int V>
 __device__ __forceinline__ void run_strips(const KdaPrefillParams& p, const Segment& segment) {
   auto& shared = shared_memory<StripShared<K>>();
+  barrier_begin(kWarpgroupBarrier, kWarpgroup);
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarp, 0);
 
   // Phase 1: which of the sequence's chunks are in this segment. What the kernels in front write is not read yet.

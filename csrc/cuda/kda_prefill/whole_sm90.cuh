@@ -153,8 +153,8 @@ struct BetweenWholePhases {
   // A rehearsal: while the first inputs are on their way, each warp does one part of the work with whatever is in
   // shared memory, or with the first tokens, so that the code of all parts comes to the multiprocessor at the same
   // time, and not one piece after the other when it is needed (from memory, that takes as long as two chunks). What
-  // these warps write, nobody reads before it is written again: the barrier at the end of phase 1 is behind all
-  // rehearsals. Operands are for warps that write nothing where q and k are to land.
+  // these warps write, nobody reads before it is written again (which racecheck cannot know): the barrier at the end of
+  // phase 1 is behind all rehearsals. Operands are for warps that write nothing where q and k are to land.
   __device__ __forceinline__ static PrepPart rehearsal_of(int group) {
     switch (group) {
       case 0:
@@ -254,7 +254,8 @@ __device__ __forceinline__ void make_images(const KdaPrefillParams& p, const Seg
     }
   }
   int number = 0;
-  PrepPart rehearsal = segment.boxes ? Between::rehearsal_of(static_cast<int>(threadIdx.x / kWarp)) : PrepPart::kAll;
+  const bool rehearses = segment.boxes && !kRacecheck;
+  PrepPart rehearsal = rehearses ? Between::rehearsal_of(static_cast<int>(threadIdx.x / kWarp)) : PrepPart::kAll;
 #pragma unroll 1
   while (true) {
     if (rehearsal == PrepPart::kAll) mbarrier_wait(&shared.gates, number & 1);
@@ -525,6 +526,12 @@ template <typename T, int K, int V>
 __device__ __forceinline__ void run_whole(const KdaPrefillParams& p, const Segment& segment, const WholeMaps& maps,
                                           const WholeStart& start) {
   auto& shared = shared_memory<WholeShared<K, V>>();
+  barrier_begin(kFullBarrier, kWholeThreads<V>);
+  barrier_begin(kFreeBarrier, kWholeThreads<V>);
+  barrier_begin(kSolvedBarrier, kWholeThreads<V>);
+  barrier_begin(kStartedBarrier, kWarp + kWarpgroup);
+  barrier_begin(kPrepBarrier, kPrepThreads);
+  barrier_begin(kWarpgroupBarrier, kWarpgroup);
   if (threadIdx.x < K) shared.ones[threadIdx.x] = 1.0f;
   if (threadIdx.x == 0) {
     shared.ahead.first_token = shared.ahead.task.end = 0;

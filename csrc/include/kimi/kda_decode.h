@@ -44,6 +44,7 @@ struct KdaDecodeParams {
   int64_t out_token_stride = 0;
   int64_t out_head_stride = 0;
   int64_t state_slot_stride = 0;
+  int64_t num_slots = 0;  // that state has, and conv_state of the fused form; 0: not known, which may take longer
 
   float scale = 1.0f;
   float lower_bound = -5.0f;  // of the bounded gate, natural log; negative

@@ -151,6 +151,9 @@ inline void cp_async_8(void* shared, const void* global, bool valid = true) {
   emulator::copy_async(shared, global, 8, valid);
 }
 inline void prefetch_l2(const void*) {}
+inline int32_t load_relaxed(const int32_t* global) {
+  return *global;
+}
 inline void wait_cycles(int) {}
 inline void cp_async_4(void* shared, const void* global, bool valid = true) {
   emulator::copy_async(shared, global, 4, valid);
@@ -219,6 +222,8 @@ T* unknown_pointer(T* p) {
 }
 inline void keep_branch() {}
 
+inline constexpr bool kRacecheck = false;
+inline void barrier_begin(int, int) {}
 inline void barrier_sync(int id, int threads) {
   emulator::block_barrier(id, threads);
 }

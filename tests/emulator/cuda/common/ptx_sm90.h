@@ -54,6 +54,7 @@ inline void tensor_store(const void* shared, const TensorMap& map, int head, int
 inline void tensor_store_commit() {
   emulator::tensor_store_commit();
 }
+inline void bulk_prefetch_l2(const void*, uint32_t) {}
 inline void tensor_store_wait_read() {
   emulator::tensor_store_wait_read();
 }
