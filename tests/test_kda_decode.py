@@ -479,7 +479,7 @@ def test_entries_on_raw_pointers(device):
     f.out_token_stride = f.norm_gate_token_stride = 64
     f.out_head_stride = f.norm_gate_head_stride = 32
     f.state_slot_stride, f.conv_state_slot_stride, f.qkv_token_stride = 2 * 32 * 16, 3 * 96, 96
-    f.scale = 0.25
+    f.num_slots, f.scale = len(args["state"]), 0.25
     f.dtype = f.g_dtype = f.beta_dtype = _C.DType.bfloat16
     workspace = torch.empty(getattr(_C, f"kda_decode_fused_workspace_bytes_{backend}")(f), dtype=torch.uint8, device=device)
     f.workspace = workspace.data_ptr()
@@ -507,6 +507,9 @@ def test_entries_on_raw_pointers(device):
     getattr(_C, f"kda_decode_{backend}")(p)
     assert_same_bits(out, expected)
     assert_same_bits(args["state"], expected_state)
+    p.num_slots = -1
+    with pytest.raises(RuntimeError, match="num_slots must not be negative, got -1"):
+        getattr(_C, f"kda_decode_{backend}")(p)
 
 
 @pytest.mark.parametrize(
