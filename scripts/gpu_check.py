@@ -1,6 +1,6 @@
 """Runs on a GPU all that cannot be checked without one. Standard library only; needs torch and pytest, no network, no git.
 
-    gpu_check.py                                       everything (about eight minutes on an H200 with 16 cores)
+    gpu_check.py                                       everything (about eight minutes on an H200 with 16 cores, and the builds)
     gpu_check.py --steps native,portable               the tests alone
     gpu_check.py --steps memcheck,racecheck --op rms_norm
     gpu_check.py --no-build --logs out/logs            with build-gpu/lib as another machine built it

@@ -558,6 +558,7 @@ template <typename Config>
 Beginning beginning_of(const KdaDecodeParams& p, const Shape& shape) {
   constexpr int kStateBytes = sizeof(typename Config::State);
   if (!use_sm90()) return {};
+  // Bulk copies need addresses that are multiples of 16.
   if (!many_heads(p)) return {.look_ahead = p.num_slots > 0 && p.state_slot_stride * kStateBytes % 16 == 0};
   // What a block loads at once, in as many cycles as memory takes to read it while it writes half as much: 2,400 bytes
   // a cycle of an H200.
